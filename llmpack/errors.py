@@ -95,8 +95,7 @@ class MissingExtra(EnvironmentProblem):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"the Python package `{package}` is not installed; "
-            f"install it with: pip install 'llmpack[{extra}]'"
+            f"the Python package `{package}` is not installed; install it with: pip install 'llmpack[{extra}]'"
         )
 
 

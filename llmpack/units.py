@@ -58,7 +58,7 @@ def parse_rate(text: object) -> float:
     """Tokens per second of ``"8 tok/s"``. Raises ValueError as `parse_size` does."""
     number, unit = _split(text, "rate", '"8 tok/s"')
     if unit not in RATE_UNITS:
-        raise ValueError(f"{text!r}: {unit or 'no unit'} is not a rate; write it like \"8 tok/s\"")
+        raise ValueError(f'{text!r}: {unit or "no unit"} is not a rate; write it like "8 tok/s"')
     return float(number)
 
 
