@@ -1,1 +1,89 @@
+"""The table of families, and the one way to open a checkpoint as a model."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmpack.errors import InputRejected, Problem
+from llmpack.models.family import Family
+from llmpack.models.graph import ModelGraph
+from llmpack.models.vocabulary import tokenizer_size
+from llmpack.registry import Table, suggestion
+
+if TYPE_CHECKING:
+    from llmpack.checkpoint.checkpoint import Checkpoint
+
+FAMILIES: Table[type[Family]] = Table(
+    "family",
+    {
+        "llama": "llmpack.models.llama:Llama",
+        "mistral": "llmpack.models.mistral:Mistral",
+    },
+    group="llmpack.families",
+)
+
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""A buffer that old Llama checkpoints store; it follows from the config."""
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that ``architectures`` in a config.json names.
+
+    Raises InputRejected (``unsupported-arch``) for an unknown one, listing those that are supported.
+    """
+    declared = config.get("architectures")
+    names = declared if isinstance(declared, list) else []
+    by_architecture = {arch: family for _, family in FAMILIES.items() for arch in family.architectures}
+    if len(names) != 1 or names[0] not in by_architecture:
+        text = f"architectures is {declared!r}"
+        hint = suggestion(str(names[0]) if names else "", by_architecture)
+        raise InputRejected([Problem(text + hint, "architectures", "config.json", rule="unsupported-arch")])
+    return by_architecture[names[0]]()
+
+
+def open_model(checkpoint: Checkpoint) -> ModelGraph:
+    """The graph of a checkpoint, with the encodings in which it is stored.
+
+    Raises InputRejected naming every tensor that is missing, not part of the model (``weights-incomplete``)
+    or of another shape than the config implies (``weights-misshaped``), and a tokenizer with ids that the
+    embedding has no row for (``tokenizer``).
+    """
+    family = family_of(checkpoint.config)
+    graph = family.graph(checkpoint.config)
+    stored = checkpoint.tensors
+    problems = []
+    for spec in graph.tensors:
+        if spec.name not in stored:
+            problems.append(Problem(f"tensor `{spec.name}` {list(spec.shape)} is missing", rule="weights-incomplete"))
+        elif tuple(stored[spec.name].shape) != spec.shape:
+            text = f"tensor `{spec.name}` is {list(stored[spec.name].shape)}; config.json implies {list(spec.shape)}"
+            problems.append(Problem(text, rule="weights-misshaped"))
+    problems += [
+        Problem(
+            f"tensor `{name}` is not part of {family.name} with this config{_near(name, graph)}",
+            rule="weights-incomplete",
+        )
+        for name in stored
+        if name not in graph and not _follows(name, graph)
+    ]
+    embedding = next(spec for spec in graph.outside if spec.part == "embedding")
+    size = tokenizer_size(checkpoint.folder)
+    if size is not None and size > embedding.shape[0]:
+        text = (
+            f"the tokenizer has ids up to {size - 1}, the embedding `{embedding.name}` only {embedding.shape[0]} rows"
+        )
+        problems.append(Problem(text, where=str(checkpoint.folder), rule="tokenizer"))
+    if problems:
+        raise InputRejected(problems)
+    return family.graph(checkpoint.config, {spec.name: stored[spec.name].encoding for spec in graph.tensors})
+
+
+def _follows(name: str, graph: ModelGraph) -> bool:
+    """True for tensors that loaders ignore because they follow from others: rotary buffers, a tied head."""
+    return name.endswith(IGNORED_SUFFIX) or (name == "lm_head.weight" and name not in graph)
+
+
+def _near(name: str, graph: ModelGraph) -> str:
+    hint = suggestion(name, [spec.name for spec in graph.tensors])
+    return hint if "did you mean" in hint else ""

@@ -78,6 +78,17 @@ class ModelGraph:
         """The tensors of one block."""
         return tuple(t for t in self.tensors if t.block == index)
 
+    def input_groups(self, index: int) -> dict[str, tuple[TensorSpec, ...]]:
+        """The matrices of one block by the input that they read, in the order in which a forward pass meets them.
+
+        The matrices of a group have one Hessian and can be rounded together.
+        """
+        groups: dict[str, tuple[TensorSpec, ...]] = {}
+        for spec in self.block(index):
+            if spec.inputs is not None:
+                groups[spec.inputs] = (*groups.get(spec.inputs, ()), spec)
+        return groups
+
     @property
     def outside(self) -> tuple[TensorSpec, ...]:
         """The tensors outside the blocks: embedding, last norm, output."""
