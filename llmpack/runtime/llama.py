@@ -1,0 +1,276 @@
+"""LlamaRuntime: llama.cpp in a child process, which may crash without taking the build along."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from llmpack.errors import MissingExtra, RuntimeFailed
+from llmpack.process import NO_LIMITS, Child, Limits
+from llmpack.runtime.meter import Memory
+from llmpack.runtime.settings import RuntimeSettings
+
+SILENCE_SECONDS = 600.0
+"""How long a computation may stay silent. Every batch of tokens is a sign of life, so this is the time of one batch."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """Which llama.cpp runs.
+
+    commit       of llama.cpp's source
+    version      of ggml
+    system       the processor features that it was compiled for and found ("AVX2 = 1 | ...")
+    bare_memory  of the worker's interpreter, before the library was loaded
+    """
+
+    commit: str
+    version: str
+    system: str
+    bare_memory: Memory
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The features that are on, as llama.cpp spells them."""
+        pairs = (part.rpartition(":")[2].partition("=") for part in self.system.split("|"))
+        return tuple(name.strip() for name, _, value in pairs if value.strip() not in ("", "0"))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What came of opening a model: the modes that really hold, not those that were asked for.
+
+    seconds          to load it and to make its context
+    load             "mmap" or "no-mmap"
+    flash_attention  "on" or "off"
+    context          tokens, as padded by the runtime; 0 if only the vocabulary is loaded
+    buffers          bytes by ``"kind.place"``, as llama.cpp reports them ("model.CPU_REPACK", "KV.CPU", ...)
+    memory           of the child, now
+    """
+
+    description: str
+    seconds: float
+    load: str
+    flash_attention: str
+    threads: int
+    context: int
+    trained_context: int
+    vocabulary: int
+    parameters: int
+    buffers: Mapping[str, int]
+    bos: int
+    eos: int
+    adds_bos: bool
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer, and how long it took.
+
+    first_token  seconds from the prompt to the first token
+    seconds      in all
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    first_token: float
+    seconds: float
+
+
+class LlamaRuntime:
+    """A child process with llama.cpp in it.
+
+    >>> with LlamaRuntime() as runtime:
+    ...     runtime.open(Path("model.gguf"), RuntimeSettings(), context=512)
+    ...     logits = runtime.logits(tokens)
+
+    Every method raises `RuntimeFailed`; its `kind` is listed in `llmpack.process`. After "refused"
+    and most of "oom" the child lives on; after the others every further call raises too.
+    """
+
+    def __init__(self, limits: Limits = NO_LIMITS, *, silence: float = SILENCE_SECONDS) -> None:
+        """Start the child; `silence` seconds without a sign of life count as a hang. Raises MissingExtra."""
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise MissingExtra("llama-cpp-python", "run")
+        self._silence = silence
+        self._vocabulary = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="llmpack-")
+        self._child = Child("llmpack.runtime.llama_worker", title="llama.cpp", limits=limits)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child, for the meter."""
+        return self._child.pid
+
+    @property
+    def last_lines(self) -> tuple[str, ...]:
+        """The last lines that llama.cpp wrote."""
+        return self._child.last_lines
+
+    def _ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return self._child.ask(operation, arguments, self._silence)
+
+    def info(self) -> Build:
+        """Which llama.cpp this is."""
+        answer = self._ask("info")
+        return Build(**{**answer, "bare_memory": Memory(**answer["bare_memory"])})
+
+    def open(self, path: Path, settings: RuntimeSettings, context: int | None) -> Opened:
+        """Load a GGUF file in place of the one before.
+
+        context  tokens that the KV cache holds, or None to load the vocabulary alone
+        """
+        if not path.is_file():
+            raise RuntimeFailed(f"llama.cpp: {path} is not a file", kind="refused")
+        wanted = {**settings.model_dump(), "threads": settings.effective_threads}
+        try:
+            facts = self._ask("open", path=str(path.resolve()), settings=wanted, context=context)
+        except RuntimeFailed as failure:
+            raise RuntimeFailed(f"{failure}\n  while opening {path}", kind=failure.kind) from failure
+        self._vocabulary = facts["vocabulary"]
+        return Opened(**{**facts, "memory": Memory(**facts["memory"])})
+
+    def memory(self) -> Memory:
+        """Memory of the child, as it reads it itself."""
+        return Memory(**self._ask("memory"))
+
+    # ---- text -------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """Token ids of a text. See `tokenize_all`, which is one round trip for many."""
+        return self.tokenize_all([text], add_special=add_special, parse_special=parse_special)[0]
+
+    def tokenize_all(
+        self, texts: Sequence[str], *, add_special: bool = False, parse_special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each text.
+
+        add_special    with the tokens that the model wants around a text (beginning, end)
+        parse_special  read ``<|im_start|>`` and the like as the tokens they name
+        """
+        answer = self._ask("tokenize", texts=list(texts), add_special=add_special, parse_special=parse_special)
+        return [list(ids) for ids in answer["tokens"]]
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """The text of token ids; special tokens are left out unless `special`."""
+        return str(self._ask("detokenize", tokens=[int(t) for t in tokens], special=special)["text"])
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation under the file's chat template, as the runtime renders it."""
+        answer = self._ask("render", messages=[dict(m) for m in messages], add_generation_prompt=add_generation_prompt)
+        return str(answer["text"])
+
+    # ---- computing --------------------------------------------------------------------------
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits of every position, [tokens, vocabulary] float32; row t predicts token t + 1.
+
+        The ids are fed as they are: no beginning token is added. The array is a map of a file that
+        has no name any more, so it costs no memory that cannot be written out.
+        """
+        path = self._shared_file(4 * len(tokens) * self._vocabulary)
+        try:
+            self._ask("logits", tokens=[int(t) for t in tokens], file=str(path))
+            mapped = np.memmap(path, np.float32, "r", shape=(len(tokens), self._vocabulary))
+        finally:
+            path.unlink()
+        return mapped.view(np.ndarray)
+
+    def generate(
+        self, tokens: Sequence[int], count: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Generator[str, None, Generated]:
+        """Continue a prompt by at most `count` tokens; yields text as it comes, returns the whole answer.
+
+        temperature  0 takes the likeliest token each time, else tokens are drawn with `seed`
+        """
+        arguments = {
+            "tokens": [int(t) for t in tokens],
+            "count": count,
+            "temperature": float(temperature),
+            "top_p": float(top_p),
+            "seed": seed,
+        }
+        conversation = self._child.stream("generate", arguments, self._silence)
+        pieces: list[str] = []
+        while True:
+            try:
+                event = next(conversation)
+            except StopIteration as finished:
+                end = finished.value
+                return Generated("".join(pieces), tuple(end["tokens"]), end["first_token"], end["seconds"])
+            if text := event.get("text"):
+                pieces.append(text)
+                yield text
+
+    def answer(
+        self, messages: Sequence[Mapping[str, Any]], count: int, **sampling: Any
+    ) -> Generator[str, None, Generated]:
+        """Answer a conversation: its rendering is tokenized and continued, as `generate` does."""
+        prompt = self.tokenize(self.render(messages), add_special=False, parse_special=True)
+        return (yield from self.generate(prompt, count, **sampling))
+
+    def time_prefill(self, tokens: Sequence[int]) -> float:
+        """Seconds to compute a prompt from an empty cache to the logits of its last token. It stays in the cache."""
+        return float(self._ask("prefill", tokens=[int(t) for t in tokens])["nanoseconds"]) / 1e9
+
+    def time_decode(self, tokens: Sequence[int]) -> list[float]:
+        """Seconds of each token computed alone after what is in the cache; they do not stay in it."""
+        return [n / 1e9 for n in self._ask("decode", tokens=[int(t) for t in tokens])["nanoseconds"]]
+
+    def quantize_rows(
+        self, weight: np.ndarray, ggml_type: int, importance: np.ndarray | None = None, *, threads: int = 1
+    ) -> np.ndarray:
+        """llama.cpp's own rounding of `weight` [rows, columns] float32; [rows, row bytes] uint8.
+
+        importance  [columns] float32, mean squared input of each column (an "imatrix"), or None
+        threads     share the rows; the bytes do not depend on it
+
+        Source: ggml_quantize_chunk in ggml.h. Raises RuntimeFailed also where a type needs importance.
+        """
+        rows, columns = weight.shape
+        facts = self._ask("row_bytes", ggml_type=ggml_type, columns=columns)
+        if facts["needs_importance"] and importance is None:
+            raise RuntimeFailed(f"llama.cpp cannot round to ggml type {ggml_type} without importance", kind="refused")
+        inputs = [np.ascontiguousarray(weight, np.float32)]
+        if importance is not None:
+            if importance.shape != (columns,):
+                raise ValueError(f"importance has shape {importance.shape}, the weight {columns} columns")
+            inputs.append(np.ascontiguousarray(importance, np.float32))
+        head, row_bytes = sum(array.nbytes for array in inputs), int(facts["row_bytes"])
+        path = self._shared_file(head + rows * row_bytes)
+        try:
+            shared = np.memmap(path, np.uint8, "r+")
+            offset = 0
+            for array in inputs:
+                shared[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+                offset += array.nbytes
+            self._ask(
+                "quantize_rows", rows=rows, columns=columns, ggml_type=ggml_type,
+                importance=importance is not None, file=str(path), threads=max(1, min(threads, rows)),
+            )  # fmt: skip
+            return np.array(shared[head:]).reshape(rows, row_bytes)
+        finally:
+            path.unlink()
+
+    def _shared_file(self, nbytes: int) -> Path:
+        with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
+            file.truncate(nbytes)
+        return Path(file.name)
+
+    def close(self) -> None:
+        """End the child and remove its files."""
+        self._child.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

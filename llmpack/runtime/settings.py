@@ -1,0 +1,53 @@
+"""RuntimeSettings: how the bundle is meant to be run. They ship in it, and every verdict holds under them."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, Self
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RuntimeSettings(BaseModel):
+    """The ``[runtime]`` table of a recipe, in llama.cpp's terms."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kv: Literal["f16", "q8_0", "q4_0"] = "f16"
+    """Type of the KV cache, keys and values alike."""
+
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Compute threads; by default one for each physical core that may be used."""
+
+    batch: int = Field(default=512, ge=1, le=1 << 16)
+    """Most tokens of a prompt handed over at once."""
+
+    ubatch: int = Field(default=512, ge=1, le=1 << 16)
+    """Most tokens computed at once; scratch memory grows with it."""
+
+    flash_attention: Literal["auto", "on", "off"] = "auto"
+    """Attention without the matrix of all scores; a quantized cache needs it."""
+
+    load: Literal["auto", "mmap", "no-mmap"] = "auto"
+    """Map the file or read it into memory. Weights repacked for the processor stand in memory twice if mapped."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.ubatch > self.batch:
+            raise ValueError(f"ubatch ({self.ubatch}) is larger than batch ({self.batch}); raise batch or lower ubatch")
+        if self.kv != "f16" and self.flash_attention == "off":
+            raise ValueError(f'kv = "{self.kv}" needs flash attention; set flash_attention = "auto" or kv = "f16"')
+        return self
+
+    @property
+    def effective_threads(self) -> int:
+        """Threads as given, else the physical cores that this process may use."""
+        return self.threads if self.threads is not None else usable_cores()
+
+
+def usable_cores() -> int:
+    """Physical cores, or the processors that this process is confined to where those are fewer."""
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return max(1, min(physical, allowed))
