@@ -23,7 +23,8 @@ class MappedFile:
         self._identity = identity
         self._map: mmap.mmap | None = None
 
-    def _mapped(self) -> mmap.mmap:
+    def map(self) -> mmap.mmap:
+        """The whole file. Raises InputRejected (``changed``) if it is not the one that was checked."""
         if self._map is None:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -37,7 +38,7 @@ class MappedFile:
         """uint8 [nbytes], read-only, without a copy."""
         if nbytes == 0:
             return np.empty(0, dtype=np.uint8)
-        return np.frombuffer(self._mapped(), dtype=np.uint8, count=nbytes, offset=offset)
+        return np.frombuffer(self.map(), dtype=np.uint8, count=nbytes, offset=offset)
 
     def release(self, offset: int = 0, nbytes: int | None = None) -> None:
         """Drop the resident pages of a range from this process. Views stay valid and are read from disk again."""
