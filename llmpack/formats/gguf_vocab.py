@@ -1,0 +1,216 @@
+"""From a checkpoint's tokenizer files to the vocabulary of a GGUF file.
+
+Three kinds, told apart as llama.cpp's converter tells them for the Llama architectures
+(conversion/llama.py at https://github.com/ggml-org/llama.cpp):
+
+    tokenizer.model                              SentencePiece: pieces, scores, byte tokens
+    tokenizer.json, BPE with byte fallback       the same vocabulary without its model file
+    tokenizer.json, BPE over bytes               GPT-2 style: tokens, merges, a pre-tokenizer's name
+
+Every row of the embedding gets a token: rows that the tokenizer does not know are padded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from llmpack.errors import InputRejected, Problem
+from llmpack.formats.gguf_container import Value, boolean, float32s, int32s, string, strings, uint32
+from llmpack.formats.gguf_pretokenizer import pre_tokenizer
+from llmpack.formats.gguf_special import ROLES, special_keys
+from llmpack.formats.sentencepiece_model import ModelKind, PieceType, SentencePieceModel
+from llmpack.formats.tokenizer_files import TokenizerFiles
+
+UNKNOWN_SCORE = -1000.0  # of a token that no SentencePiece model scored
+PAD_SCORE = -10000.0
+CODE_LLAMA_SIZE = 32016
+SMALL_GRANITE_SIZE = 49152
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+_TOKENS, _SCORES, _TYPES = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
+
+
+def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Value]:
+    """The ``tokenizer.*`` keys, in file order.
+
+    config  the checkpoint's config.json; `vocab_size` is the number of rows of the embedding
+
+    Raises InputRejected for a tokenizer that llama.cpp does not know (rules ``pre-tokenizer`` and
+    ``tokenizer-kind``) or that contradicts itself or the embedding (rule ``tokenizer``).
+    """
+    size = config["vocab_size"]
+    keys: dict[str, Value] = {}
+    prefix = (files.config or {}).get("add_prefix_space")
+    if isinstance(prefix, bool):
+        keys["tokenizer.ggml.add_space_prefix"] = boolean(prefix)
+    if files.sentencepiece is not None:
+        keys |= _sentencepiece(files, files.sentencepiece, size)
+        keys |= special_keys(files, config, size, merges=False)
+    else:
+        model = _bpe_model(files)
+        if model.get("byte_fallback") and ((files.tokenizer or {}).get("decoder") or {}).get("type") == "Sequence":
+            keys |= _byte_fallback(files, model, size)
+            keys |= special_keys(files, config, size, merges=False)
+        else:
+            special = special_keys(files, config, size, merges=True)
+            keys |= _byte_level(files, size, special.get("tokenizer.ggml.bos_token_id"))
+            keys |= special
+    if size == CODE_LLAMA_SIZE:
+        infill = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
+        keys |= {f"tokenizer.ggml.{role}_token_id": uint32(number) for role, number in infill.items()}
+    if size == SMALL_GRANITE_SIZE:
+        # llama.cpp's converter does this for small Granite models, and so for all of this size, SmolLM among them.
+        keys["tokenizer.ggml.add_bos_token"] = boolean(False)
+    return keys
+
+
+class _Slots:
+    """One slot per row of the embedding, padded until a token takes it."""
+
+    def __init__(self, files: TokenizerFiles, size: int) -> None:
+        self.files = files
+        self.tokens = [f"[PAD{i}]" for i in range(size)]
+        self.scores = [PAD_SCORE] * size
+        self.types = [PieceType.UNUSED] * size
+
+    def put(self, index: int, token: str, kind: PieceType, score: float = UNKNOWN_SCORE) -> None:
+        if not 0 <= index < len(self.tokens):
+            message = f"token {token!r} has the id {index}, and the embedding has {len(self.tokens)} rows"
+            raise self.files.reject("tokenizer.json", message)
+        self.tokens[index], self.types[index], self.scores[index] = token, kind, score
+
+    def put_added(self, index: int, token: str, special: bool) -> None:
+        """A token that is cut out of the text before anything else; llama.cpp expects its spaces as spaces."""
+        if special or _LOOKS_SPECIAL.fullmatch(token):
+            self.put(index, token, PieceType.CONTROL)
+        else:
+            self.put(index, token.replace("▁", " "), PieceType.USER_DEFINED)
+
+    def keys(self, head: Mapping[str, Value], *, scores: bool) -> dict[str, Value]:
+        twice = [token for token, count in Counter(self.tokens).items() if count > 1]
+        if twice:
+            message = f"{len(twice)} tokens occur under several ids, which llama.cpp does not load: {twice[:5]}"
+            raise self.files.reject("tokenizer.json", message)
+        found = {**head, _TOKENS: strings(self.tokens)}
+        if scores:
+            found[_SCORES] = float32s(self.scores)
+        return found | {_TYPES: int32s([int(kind) for kind in self.types])}
+
+
+def _sentencepiece(files: TokenizerFiles, data: bytes, size: int) -> dict[str, Value]:
+    where = str(files.folder / "tokenizer.model")
+    model = SentencePieceModel.parse(data, where)
+    if model.kind is not ModelKind.BPE:
+        message = f"a SentencePiece model of kind {model.kind.name.lower()}; llama.cpp merges by score, as bpe does"
+        raise InputRejected([Problem(message, where=where, rule="tokenizer-kind")])
+    if len(model.pieces) > size:
+        message = f"{len(model.pieces)} pieces, and the embedding has {size} rows; the tokenizer is of another model"
+        raise files.reject("tokenizer.model", message)
+    slots = _Slots(files, size)
+    for index, piece in enumerate(model.pieces):
+        kind = PieceType.NORMAL if piece.type is PieceType.USER_DEFINED else piece.type
+        slots.put(index, piece.text, kind, piece.score)
+    for token, index in files.added.items():
+        slots.put(index, token, PieceType.USER_DEFINED)
+    for number, entry in ((files.config or {}).get("added_tokens_decoder") or {}).items():
+        slots.put_added(int(number), entry["content"], bool(entry.get("special")))
+    return slots.keys({"tokenizer.ggml.model": string("llama"), "tokenizer.ggml.pre": string("default")}, scores=True)
+
+
+def _bpe_model(files: TokenizerFiles) -> Mapping[str, Any]:
+    if files.tokenizer is None:
+        message = "neither tokenizer.model nor tokenizer.json is here; save the tokenizer with transformers"
+        raise files.reject("", message)
+    model: Mapping[str, Any] = files.tokenizer.get("model") or {}
+    if model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
+        message = f"a tokenizer of type {model.get('type')!r}; supported are BPE and SentencePiece"
+        where = str(files.folder / "tokenizer.json")
+        raise InputRejected([Problem(message, where=where, rule="tokenizer-kind")])
+    return model
+
+
+def _byte_fallback(files: TokenizerFiles, model: Mapping[str, Any], size: int) -> dict[str, Value]:
+    """SentencePiece's vocabulary as tokenizer.json holds it.
+
+    The scores are gone; the order of the merges has the same meaning, so each piece scores minus the
+    rank of the first merge that makes it. The converter writes one score for all pieces, with which
+    llama.cpp merges from left to right and finds other tokens.
+    """
+    scores: dict[str, float] = {}
+    for rank, merge in enumerate(model.get("merges") or ()):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        scores.setdefault(left + right, -float(rank))
+    slots = _Slots(files, size)
+    unknown = model.get("unk_token")
+    for token, index in model["vocab"].items():
+        kind = PieceType.BYTE if _BYTE.fullmatch(token) else PieceType.NORMAL
+        slots.put(index, token, PieceType.UNKNOWN if token == unknown else kind, scores.get(token, UNKNOWN_SCORE))
+    for index, token in load_tokenizer(files).get_added_tokens_decoder().items():
+        if token.content != unknown:
+            slots.put_added(index, token.content, token.special)
+    return slots.keys({"tokenizer.ggml.model": string("llama"), "tokenizer.ggml.pre": string("default")}, scores=True)
+
+
+def _byte_level(files: TokenizerFiles, size: int, bos: Value | None) -> dict[str, Value]:
+    tokenizer = load_tokenizer(files)
+    slots = _Slots(files, size)
+    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
+        slots.put(index, token, PieceType.NORMAL)
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        token = added.content
+        if not added.normalized:
+            # llama.cpp matches these before normalizing, so it needs what comes out of encoding and decoding.
+            token = tokenizer.decode(tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False)
+        slots.put_added(index, token, added.special)
+    where = str(files.folder / "tokenizer.json")
+    name = pre_tokenizer(tokenizer, None if bos is None else bos.data, where)
+    return slots.keys({"tokenizer.ggml.model": string("gpt2"), "tokenizer.ggml.pre": string(name)}, scores=False)
+
+
+def load_tokenizer(files: TokenizerFiles) -> Tokenizer:
+    """The tokenizer of tokenizer.json, with the tokens that only tokenizer_config.json adds, as transformers adds them.
+
+    Raises InputRejected (rule ``tokenizer``) for a file that the tokenizers library does not read, and
+    for an added token whose stated id is not the one that it gets.
+    """
+    path = files.folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as fault:
+        if type(fault) is not Exception:  # the Rust side raises exactly this class, never a narrower one
+            raise
+        raise files.reject("tokenizer.json", f"the tokenizers library does not read it: {fault}") from fault
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    config = files.config or {}
+    known = {str(token): token for token in tokenizer.get_added_tokens_decoder().values()}
+    for number, entry in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+        token = _added_token(entry)
+        if repr(known.get(token.content)) != repr(token):
+            tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != int(number):
+            message = f"{token.content!r} has the id {number} here and {tokenizer.token_to_id(token.content)} there"
+            raise files.reject("tokenizer_config.json", f"contradicts tokenizer.json: {message}")
+    named = [config.get(f"{role}_token") for role in ROLES]
+    for extra in ("additional_special_tokens", "extra_special_tokens"):
+        listed = config.get(extra) or ()
+        named += listed.values() if isinstance(listed, dict) else listed
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for entry in named:
+        token = _added_token({"content": entry} if isinstance(entry, str) else entry or {})
+        if token.content and token.content not in present:
+            token.special = True
+            tokenizer.add_tokens([token])
+            present.add(token.content)
+    return tokenizer
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {name: bool(entry[name]) for name in names if name in entry}
+    return AddedToken(str(entry.get("content") or ""), **flags)
