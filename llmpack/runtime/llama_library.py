@@ -20,9 +20,12 @@ from llmpack.runtime.conversation import RefusedError
 
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS) buffer size\s*=\s*([\d.]+) MiB")
 _LOAD_MODE = re.compile(r"\(load_mode = ([\w+]+)\)")
-_TELLING = re.compile(r"error|fail|invalid|unable|missing|unknown|must|cannot", re.IGNORECASE)
 _KEPT_LINES = 2000
-_LEVEL_DEBUG, _LEVEL_CONTINUED = 4, 5
+_LEVEL_DEBUG, _LEVEL_ERROR, _LEVEL_CONTINUED = (
+    1,
+    4,
+    5,
+)  # of ggml.h; llama_cpp._logger has an older table
 
 
 def bare_bindings() -> Any:
@@ -42,6 +45,7 @@ class Library:
     def __init__(self) -> None:
         self.api = bare_bindings()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._errors: deque[str] = deque(maxlen=_KEPT_LINES)
         self._level = 0
         self._callback = self.api.llama_log_callback(self._heard)  # must live as long as the library
         self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -69,24 +73,24 @@ class Library:
             return
         line = text.decode("utf-8", "replace")
         self._lines.append(line)
+        if self._level >= _LEVEL_ERROR:
+            self._errors.append(line)
         sys.stderr.write(line)
 
     def forget_log(self) -> None:
         """Begin a new log, so that what is read from it belongs to the next call."""
         self._lines.clear()
+        self._errors.clear()
 
     @property
     def log(self) -> str:
         """What was said since `forget_log`, its last 2000 lines at most."""
         return "".join(self._lines)
 
-    def last_words(self) -> str:
-        """The last line that is worth telling the user."""
-        lines = [line.strip() for line in self.log.splitlines() if line.strip(" .\n")]
-        telling = [
-            line for line in lines if re.search(r"error|fail|invalid|unable|missing|unknown|must|cannot", line, re.I)
-        ]
-        return (telling or lines or ["llama.cpp gave no reason"])[-1]
+    def errors(self) -> str:
+        """What llama.cpp logged as errors since `forget_log`: the first three lines, which are nearest to the cause."""
+        lines = dict.fromkeys(line.strip() for line in "".join(self._errors).splitlines() if line.strip())
+        return "; ".join(list(lines)[:3]) or "it gave no reason"
 
     def logged_buffers(self) -> dict[str, int]:
         """Bytes of each buffer by ``"kind.place"`` ("model.CPU_Mapped", "KV.CPU", ...), as llama.cpp reports them."""

@@ -82,7 +82,7 @@ class Session:
     def _refusal(self, what: str) -> RefusedError:
         log = self.library.log
         kind = "oom" if any(word in log for word in _MEMORY_WORDS) else "refused"
-        return RefusedError(f"{what}: {self.library.last_words()}", kind)
+        return RefusedError(f"{what}: {self.library.errors()}", kind)
 
     def _effective_load(self, path: str) -> str:
         """The mode that really holds. The structs have changed their fields before, so it is looked at, not assumed."""
