@@ -36,7 +36,6 @@ _TORCH_NAMES = {
     "i64": "int64",
     "f64": "float64",
 }
-FLOATS = ("f32", "f16", "bf16", "f64")
 # bits of the exponent: all ones mean infinity or NaN
 _EXPONENT = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "f32": ("<u4", 0x7F800000), "f64": ("<u8", 0x7FF << 52)}
 
