@@ -49,7 +49,7 @@ class HessianSum:
     def add(self, x: Tensor) -> None:
         """Add inputs [..., columns] of any float dtype; every leading index is a token."""
         x = x.detach().reshape(-1, self.columns)
-        for chunk in x.split(CHUNK):
+        for chunk in torch.split(x, CHUNK):
             rows = chunk.to(device=self._sum.device, dtype=torch.float32)
             for start in range(0, self.columns, TILE):
                 stop = min(start + TILE, self.columns)
