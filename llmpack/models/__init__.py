@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from llmpack.errors import InputRejected, Problem
 from llmpack.models.family import Family
 from llmpack.models.graph import ModelGraph
-from llmpack.models.vocabulary import tokenizer_size
 from llmpack.registry import Table, suggestion
 
 if TYPE_CHECKING:
@@ -36,18 +35,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     names = declared if isinstance(declared, list) else []
     by_architecture = {arch: family for _, family in FAMILIES.items() for arch in family.architectures}
     if len(names) != 1 or names[0] not in by_architecture:
-        text = f"architectures is {declared!r}"
-        hint = suggestion(str(names[0]) if names else "", by_architecture)
-        raise InputRejected([Problem(text + hint, "architectures", "config.json", rule="unsupported-arch")])
+        text = f"architectures is {declared!r}; supported: {', '.join(by_architecture)}"
+        raise InputRejected([Problem(text, "architectures", "config.json", rule="unsupported-arch")])
     return by_architecture[names[0]]()
 
 
 def open_model(checkpoint: Checkpoint) -> ModelGraph:
     """The graph of a checkpoint, with the encodings in which it is stored.
 
-    Raises InputRejected naming every tensor that is missing, not part of the model (``weights-incomplete``)
-    or of another shape than the config implies (``weights-misshaped``), and a tokenizer with ids that the
-    embedding has no row for (``tokenizer``).
+    Raises InputRejected naming every tensor that is missing or not part of the model (``weights-incomplete``)
+    or of another shape than the config implies (``weights-misshaped``). That every token id has a row in the
+    embedding follows: the intake compared the tokenizer with ``vocab_size``, this compares the embedding.
     """
     family = family_of(checkpoint.config)
     graph = family.graph(checkpoint.config)
@@ -67,13 +65,6 @@ def open_model(checkpoint: Checkpoint) -> ModelGraph:
         for name in stored
         if name not in graph and not _follows(name, graph)
     ]
-    embedding = next(spec for spec in graph.outside if spec.part == "embedding")
-    size = tokenizer_size(checkpoint.folder)
-    if size is not None and size > embedding.shape[0]:
-        text = (
-            f"the tokenizer has ids up to {size - 1}, the embedding `{embedding.name}` only {embedding.shape[0]} rows"
-        )
-        problems.append(Problem(text, where=str(checkpoint.folder), rule="tokenizer"))
     if problems:
         raise InputRejected(problems)
     return family.graph(checkpoint.config, {spec.name: stored[spec.name].encoding for spec in graph.tensors})

@@ -19,7 +19,8 @@ class Mistral(Llama):
     architectures = ("MistralForCausalLM",)
     model_type = "mistral"
 
-    defaults: ClassVar[Mapping[str, Any]] = Llama.defaults | {
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **Llama.defaults,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131_072,
         "sliding_window": 4096,

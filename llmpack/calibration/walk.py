@@ -1,0 +1,269 @@
+"""The walk: blocks in order, each with the inputs that it really sees.
+
+At every block the consumer gets the second moments of all inputs from one forward pass, replaces weights, and goes
+on; the block then runs with the replaced weights and its outputs are the next block's inputs. So errors made in one
+block are seen, and compensated, by the next.
+
+Activations lie in a file between blocks and pass through memory a batch at a time: peak memory is one block, its
+Hessians and one batch. The file of the newest block is durable before older ones go, so that a killed walk starts
+again at that block, with the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmpack.algorithms.hessian import HessianSum
+from llmpack.calibration.corpus import Corpus
+from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
+from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.digest import sha256_value
+from llmpack.errors import StepFailed
+from llmpack.models.forward import BATCH_TOKENS, Block, Forward, batches
+from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
+
+FORMAT = 1
+
+
+class Activations:
+    """Inputs of one block for every sequence, [N, length, D] float32, in one file per block.
+
+    The name of a file holds what they depend on: checkpoint, corpus and precision. What was replaced in the blocks
+    before is not in it, so a folder belongs to one step with one set of options.
+    """
+
+    def __init__(self, folder: Path, identity: str, shape: tuple[int, int, int]) -> None:
+        self.folder, self.identity, self.shape = folder, identity, shape
+
+    def path(self, index: int) -> Path:
+        """The file of the inputs of block `index`."""
+        return self.folder / f"activations-{self.identity}-{index:04d}.f32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a file."""
+        return 4 * int(np.prod(self.shape, dtype=np.int64))
+
+    def newest(self) -> int | None:
+        """The last block whose inputs are there, whole."""
+        name = re.compile(rf"activations-{self.identity}-(\d{{4,}})\.f32")
+        found = [int(match[1]) for path in self.folder.glob("activations-*") if (match := name.fullmatch(path.name))]
+        whole = [index for index in found if self.path(index).stat().st_size == self.nbytes]
+        return max(whole, default=None)
+
+    def keep_only(self, index: int | None) -> None:
+        """Remove every file of activations but that of one block."""
+        for path in self.folder.iterdir():
+            stale = path.name.startswith("activations-") and (index is None or path != self.path(index))
+            if stale or (is_temporary(path.name) and path.name.startswith(".activations-")):
+                path.unlink()
+
+    def parts(self) -> list[slice]:
+        """The sequences of each batch."""
+        return list(batches(self.shape[0], self.shape[1]))
+
+    def read(self, index: int) -> Iterator[Tensor]:
+        """The inputs of a block, batch by batch."""
+        with self.path(index).open("rb") as file:
+            for part in self.parts():
+                batch = torch.empty((part.stop - part.start, *self.shape[1:]), dtype=torch.float32)
+                if file.readinto(batch.numpy().data.cast("B")) != 4 * batch.numel():
+                    raise StepFailed(f"{self.path(index)} ends early; delete it and start again")
+                yield batch
+
+    def write(self, path: Path, hidden: Iterable[Tensor]) -> None:
+        """Store hidden states batch by batch, whole and durable."""
+        require_space(self.folder, self.nbytes)
+        with (
+            disk_errors(self.folder, self.nbytes),
+            replaced_when_whole(path) as temporary,
+            temporary.open("wb") as file,
+        ):
+            for batch in hidden:
+                file.write(batch.to(device="cpu", dtype=torch.float32).contiguous().numpy().data)
+
+    def draft(self, index: int) -> Path:
+        """Where inputs of block `index` wait until the block before is done with."""
+        return self.path(index).with_suffix(".draft")
+
+    def begin(self, index: int) -> None:
+        """Let the draft become the inputs of block `index`, and remove those of all others."""
+        self.draft(index).replace(self.path(index))
+        fsync_folder(self.folder)
+        self.keep_only(index)
+
+
+class Visit:
+    """One block, while the walk stands at it.
+
+    index  of the block
+    specs  its tensors
+    """
+
+    def __init__(
+        self, forward: Forward, activations: Activations, index: int, progress: Progress, observe: bool
+    ) -> None:
+        self.index = index
+        self.specs: tuple[TensorSpec, ...] = forward.graph.block(index)
+        self._forward, self._activations, self._progress = forward, activations, progress
+        self._observe, self._drafted = observe, False
+        self._block: Block | None = forward.load_block(index)
+        self._replaced: dict[str, Tensor] = {}
+
+    @property
+    def _module(self) -> nn.Module:
+        if self._block is None:
+            raise ValueError(f"the walk has left block {self.index}")
+        return self._block.module
+
+    def _spec(self, name: str) -> TensorSpec:
+        for spec in self.specs:
+            if spec.name == name:
+                return spec
+        raise KeyError(f"block {self.index} has no tensor {name!r}")
+
+    def weight(self, name: str) -> Tensor:
+        """A copy of a tensor as it is now, float32: of the checkpoint, or what it was replaced with."""
+        self._spec(name)
+        if name in self._replaced:
+            return self._replaced[name].clone()
+        values = self._forward.checkpoint.read(name).to(torch.float32)
+        self._forward.checkpoint.release([name])
+        return values
+
+    def replace(self, name: str, W: Tensor) -> None:
+        """Let the block run with other numbers from now on.
+
+        Raises ValueError for another shape, and in a walk that only observes.
+        """
+        spec = self._spec(name)
+        if self._observe:
+            raise ValueError(f"this walk only observes; {name} cannot be replaced")
+        if tuple(W.shape) != spec.shape:
+            raise ValueError(f"{name} is {list(spec.shape)}, its replacement {list(W.shape)}")
+        self._replaced[name] = W.detach().to(device="cpu", dtype=torch.float32).clone()
+        self._module.get_parameter(self._forward.module_path(spec)).copy_(W)
+
+    def hessians(self, inputs: Collection[str] | None = None) -> dict[str, HessianSum]:
+        """Second moments of each input of the block (see `TensorSpec.inputs`), over every token of the corpus.
+
+        One forward pass with the weights as they are now. inputs: only these, all for None.
+        """
+        groups = self._forward.graph.input_groups(self.index)
+        chosen = [name for name in groups if inputs is None or name in inputs]
+        sums = {name: HessianSum(groups[name][0].shape[1], self._forward.device) for name in chosen}
+        with ExitStack() as hooks:
+            for name in chosen:
+                path = self._forward.module_path(groups[name][0]).rpartition(".")[0]
+                add = partial(_add_input, sums[name])
+                hooks.callback(self._module.get_submodule(path).register_forward_pre_hook(add).remove)
+            self._run(keep=self._observe and not self._drafted)
+        return sums
+
+    def _run(self, keep: bool) -> None:
+        """Run the block over the corpus; keep: its outputs are drafted as the inputs of the next block."""
+        if keep and self.index + 1 < self._forward.graph.block_count:
+            self._activations.write(self._activations.draft(self.index + 1), self._outputs())
+            self._drafted = True
+        else:
+            deque(self._outputs(), maxlen=0)
+
+    def _outputs(self) -> Iterator[Tensor]:
+        count, length, _ = self._activations.shape
+        block = Block(self.index, self._module)
+        with self._progress.task(f"block {self.index}", count * length) as done:
+            for hidden in self._activations.read(self.index):
+                yield self._forward.run(block, hidden)
+                done(hidden.shape[0] * length)
+
+    def leave(self) -> None:
+        """Called by the walk: see to the inputs of the next block, and give the memory of this one back."""
+        if not self._drafted:
+            self._run(keep=True)
+        self._activations.begin(self.index + 1)
+        self._block = None
+        self._replaced.clear()
+
+
+def _add_input(total: HessianSum, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+    total.add(given[0])
+
+
+def _activations(
+    checkpoint: Checkpoint, graph: ModelGraph, corpus: Corpus, work: Path, dtype: torch.dtype
+) -> Activations:
+    hidden = next(spec for spec in graph.outside if spec.part == "embedding").shape[1]
+    identity = sha256_value(
+        {
+            "format": FORMAT,
+            "checkpoint": checkpoint.digest,
+            "corpus": corpus.digest,
+            "dtype": str(dtype),
+            "batch": BATCH_TOKENS,
+        }
+    )
+    return Activations(work, identity[:16], (corpus.tokens.shape[0], corpus.length, hidden))
+
+
+def resume_point(
+    checkpoint: Checkpoint, graph: ModelGraph, corpus: Corpus, *, work: Path, dtype: torch.dtype | None = None
+) -> int:
+    """The block at which a walk in `work` can start: 0, or the newest one whose inputs were saved."""
+    newest = _activations(checkpoint, graph, corpus, work, dtype or torch.float32).newest() if work.is_dir() else None
+    return newest or 0
+
+
+def walk(
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    corpus: Corpus,
+    *,
+    work: Path,
+    start: int = 0,
+    progress: Progress = QUIET,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    observe: bool = False,
+) -> Iterator[Visit]:
+    """Visit the blocks from `start` on, in order.
+
+    work     a folder for activations, of this step with these options alone; made if needed
+    start    0, or what `resume_point` gives
+    dtype    in which blocks run (float32); activations are kept as float32
+    observe  nothing will be replaced: the pass that gathers `Visit.hessians` also makes the next block's inputs
+
+    When the next visit is asked for, the block runs with whatever was replaced in it, and the visit before is over.
+    After the last block nothing runs, since nobody reads its outputs, and no activations are left.
+    Raises StepFailed where the inputs of block `start` were not saved.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32)
+    forward = Forward(checkpoint, graph, dtype, device)
+    if start == 0:
+        activations.keep_only(None)
+        activations.write(activations.path(0), (forward.embed(corpus.tokens[part]) for part in activations.parts()))
+    elif activations.newest() != start:
+        raise StepFailed(f"{work} does not hold the inputs of block {start}; delete it and start again")
+    for index in range(start, graph.block_count):
+        visit = Visit(forward, activations, index, progress, observe)
+        yield visit
+        if index + 1 < graph.block_count:
+            visit.leave()
+    activations.keep_only(None)
