@@ -66,12 +66,16 @@ class Levels:
         ratio = torch.where(self.scale == 0, torch.zeros_like(ratio), ratio)
         if self.table is not None:
             middles = (self.table[1:] + self.table[:-1]) / 2
-            return torch.bucketize(ratio.contiguous(), middles.to(ratio.dtype)).to(torch.int32)
+            return torch.bucketize(ratio.contiguous(), middles.to(ratio.dtype), out_int32=True)
         return (torch.round(ratio) + self.zero).clamp_(0, self.high).to(torch.int32)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of `codes`, in the dtype of `scale`; the same float operations as llama.cpp's."""
-        steps = (codes - self.zero).to(self.scale.dtype) if self.table is None else self.table[codes.long()].to(self.scale.dtype)
+        steps = (
+            (codes - self.zero).to(self.scale.dtype)
+            if self.table is None
+            else self.table[codes.long()].to(self.scale.dtype)
+        )
         values = self.scale * steps
         return values if self.offset is None else values + self.offset
 
@@ -87,18 +91,22 @@ class Levels:
 
 
 class Grid(ABC):
-    """Every scale of one tensor, fixed, in the precision of the file. Never changed, only replaced.
-
-    rows, columns  shape of the tensor
-    group_of       [columns] int64: which scale group owns a column
-    """
-
-    rows: int
-    columns: int
+    """Every scale of one tensor, fixed, in the precision of the file. Never changed, only replaced."""
 
     @property
     @abstractmethod
-    def group_of(self) -> Tensor: ...
+    def rows(self) -> int:
+        """Rows of the tensor."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> int:
+        """Columns of the tensor."""
+
+    @property
+    @abstractmethod
+    def group_of(self) -> Tensor:
+        """[columns] int64: which scale group owns a column."""
 
     @abstractmethod
     def levels(self, columns: Tensor | slice | None = None) -> Levels:
@@ -189,8 +197,14 @@ class GridEncoding(Encoding):
         """
 
     @abstractmethod
-    def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> Grid:
-        """Scales that minimize ``tr((W - Q) H (W - Q)^T)`` with the codes held; a new grid."""
+    def refit(self, codes: Tensor, grid: Grid, W: Tensor, H: Tensor) -> Grid:
+        """Scales that lower ``tr((W - Q) H (W - Q)^T)`` with the codes held; a new grid.
+
+        Row by row never worse than `grid`, under the stored precision.
+
+        codes  [rows, columns] int, rounded on `grid`
+        H      [columns, columns] float32, ``E[x x^T]`` of the inputs
+        """
 
     @abstractmethod
     def pack(self, codes: Tensor, grid: Grid) -> np.ndarray:

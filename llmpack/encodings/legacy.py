@@ -1,0 +1,120 @@
+"""GGUF blocks of 32 numbers: q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmpack.encodings import bits, search, tiles
+from llmpack.encodings.blocks import BlockEncoding
+from llmpack.encodings.search import Steps
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
+
+IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+class _Nibbles(BlockEncoding):
+    """Codes of four bits: the first half of the block in the low nibbles, the second in the high ones."""
+
+    def pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        """[n, 16] uint8."""
+        return bits.pack_fields(codes, 4, 16)
+
+    def unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        """[n, 32] uint8."""
+        return bits.unpack_fields(packed, 4, 16)
+
+
+class _FiveBits(BlockEncoding):
+    """Codes of five bits: the highest bits in the first four bytes, in order, then nibbles."""
+
+    def pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        """[n, 20] uint8."""
+        high = bits.pack_fields(codes >> np.uint8(4), 1, 1)
+        return np.concatenate([high, bits.pack_fields(codes & np.uint8(15), 4, 16)], axis=1)
+
+    def unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        """[n, 32] uint8."""
+        high = bits.unpack_fields(packed[:, :4], 1, 1)
+        codes: np.ndarray = bits.unpack_fields(packed[:, 4:], 4, 16) | (high << np.uint8(4))
+        return codes
+
+
+class _Symmetric(BlockEncoding):
+    """Scale only."""
+
+    def search(self, x: Tensor, w: Tensor) -> tuple[Tensor, None]:
+        """Scales [n]."""
+        return search.symmetric(x, w, self.steps), None
+
+
+class Q4_0(_Symmetric, _Nibbles):
+    """``d * (code - 8)``."""
+
+    name, ggml_type, block_bytes = "q4_0", 2, 18
+    steps = Steps(-8, 7)
+    reach = 8.0
+
+
+class IQ4_NL(_Symmetric, _Nibbles):
+    """``d * table[code]`` with sixteen unequally spaced entries."""
+
+    name, ggml_type, block_bytes = "iq4_nl", 20, 18
+    steps = Steps(-127, 113, IQ4_TABLE)
+    reach = 127.0
+
+
+class Q5_0(_Symmetric, _FiveBits):
+    """``d * (code - 16)``."""
+
+    name, ggml_type, block_bytes = "q5_0", 6, 22
+    steps = Steps(-16, 15)
+    reach = 16.0
+
+
+class Q8_0(_Symmetric):
+    """``d * (code - 128)``; the file holds ``code - 128`` as int8.
+
+    Without importance the bytes are those of llama.cpp's reference, which rounds by the scale before that is rounded to
+    float16; with it, the scale is searched.
+    """
+
+    name, ggml_type, block_bytes = "q8_0", 8, 34
+    steps = Steps(-128, 127)
+    reach = 127.0
+
+    def encode(self, W: Tensor, importance: Tensor | None = None) -> np.ndarray:
+        """[rows, row bytes] uint8."""
+        if importance is not None:
+            return super().encode(W, importance)
+        values, _ = self.checked(W, None)
+        rows, columns = values.shape
+        packed = np.empty((rows, self.row_bytes(columns)), dtype=np.uint8)
+        for run in tiles.runs(rows, columns, tiles.SLAB):
+            x = values[run].reshape(-1, self.block)
+            scale = x.abs().amax(1, keepdim=True) / 127
+            ratio = x * search.inverse(scale)
+            whole = ratio.trunc()
+            rounded = whole + ((ratio - whole) * 2).trunc_()  # half away from zero, as C's roundf
+            codes = rounded.to(torch.int8).cpu().numpy().view(np.uint8)
+            halves = bits.half_bytes(scale.to(torch.float16).cpu().numpy())
+            packed[run] = np.concatenate([halves, codes], axis=1).reshape(-1, packed.shape[1])
+        return packed
+
+    def pack_codes(self, codes: np.ndarray) -> np.ndarray:
+        """[n, 32] uint8: the bytes of int8."""
+        signed: np.ndarray = codes ^ np.uint8(128)
+        return signed
+
+    def unpack_codes(self, packed: np.ndarray) -> np.ndarray:
+        """[n, 32] uint8."""
+        codes: np.ndarray = packed ^ np.uint8(128)
+        return codes
