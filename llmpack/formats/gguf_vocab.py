@@ -22,14 +22,13 @@ from tokenizers import AddedToken, Tokenizer
 from llmpack.errors import InputRejected, Problem
 from llmpack.formats.gguf_container import Value, boolean, float32s, int32s, string, strings, uint32
 from llmpack.formats.gguf_pretokenizer import pre_tokenizer
-from llmpack.formats.gguf_special import ROLES, special_keys
+from llmpack.formats.gguf_special import FLAG_KEYS, ROLES, special_keys
 from llmpack.formats.sentencepiece_model import ModelKind, PieceType, SentencePieceModel
 from llmpack.formats.tokenizer_files import TokenizerFiles
 
 UNKNOWN_SCORE = -1000.0  # of a token that no SentencePiece model scored
 PAD_SCORE = -10000.0
 CODE_LLAMA_SIZE = 32016
-SMALL_GRANITE_SIZE = 49152
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 _TOKENS, _SCORES, _TYPES = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
@@ -63,9 +62,9 @@ def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Va
     if size == CODE_LLAMA_SIZE:
         infill = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
         keys |= {f"tokenizer.ggml.{role}_token_id": uint32(number) for role, number in infill.items()}
-    if size == SMALL_GRANITE_SIZE:
-        # llama.cpp's converter does this for small Granite models, and so for all of this size, SmolLM among them.
-        keys["tokenizer.ggml.add_bos_token"] = boolean(False)
+    if files.tokenizer is not None:
+        # The file says that nothing is added by saying nothing; llama.cpp would go by the kind of vocabulary.
+        keys.setdefault(FLAG_KEYS["bos"], boolean(False))
     return keys
 
 
