@@ -174,9 +174,9 @@ def holder(cache):
 
 def test_held_work_is_busy_and_names_the_process(cache, holder):
     impatient = Cache(cache.root, wait=False)
-    with pytest.raises(Busy, match=f"the step is being worked on by process {holder.pid}"):
-        with impatient.claim("step", {"a": 1}, "the step"):
-            pass
+    message = f"the step is being worked on by process {holder.pid}"
+    with pytest.raises(Busy, match=message), impatient.claim("step", {"a": 1}, "the step"):
+        pass
     with impatient.claim("step", {"a": 2}, "another step"):
         pass
 

@@ -1,0 +1,271 @@
+"""The commands. Each is a few lines: options in, one call, the answer out.
+
+Modules that do work are imported when a command runs, so that `llmpack --help` costs nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmpack.cli.command import command
+from llmpack.cli.session import Session
+
+if TYPE_CHECKING:
+    from llmpack.pipeline.cache import Cache
+    from llmpack.pipeline.state import Order
+
+app = typer.Typer(
+    name="llmpack",
+    help="From a checkpoint to the best bundle a device can run, with the proof inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(help="Look at, check and clean the cache of finished work.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change the recipe, e.g. --set step.0.encoding=q4_0. Repeatable."),
+]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--budget", metavar="LIMIT=VALUE", help="Change the budget, e.g. --budget memory=300MiB. Repeatable."),
+]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder of finished work (default: $LLMPACK_CACHE or ~/.cache/llmpack)."),
+]
+NoWait = Annotated[
+    bool, typer.Option("--no-wait", help="Stop with exit code 75 if another process does the same work.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
+
+
+def _cache(folder: Path | None, no_wait: bool = False) -> Cache:
+    from llmpack.cli.progress import progress
+    from llmpack.pipeline.cache import Cache, default_root
+
+    return Cache(folder or default_root(), wait=not no_wait, progress=progress())
+
+
+def _order(recipe: Path, out: Path, sets: list[str] | None, cache: Path | None, no_wait: bool, offline: bool) -> Order:
+    from llmpack.pipeline.state import Order
+
+    held = _cache(cache, no_wait)
+    return Order(recipe, out, held, tuple(sets or ()), offline, held.progress)
+
+
+@app.command()
+@command
+def build(
+    session: Session,
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", help="Folder in which the bundle's folder appears.")] = Path("bundles"),
+    set: Overrides = None,  # noqa: A002  # the option's own name
+    cache: CacheFolder = None,
+    no_wait: NoWait = False,
+    offline: Offline = False,
+) -> None:
+    """Make a bundle: quantize, write, read back, measure, judge. A killed build goes on where it was."""
+    from llmpack.cli.show import show_built
+    from llmpack.pipeline.build import build_bundle
+
+    made = build_bundle(_order(recipe, out, set, cache, no_wait, offline))
+    session.answer(made.document(), lambda: show_built(made))
+
+
+@app.command()
+@command
+def plan(
+    session: Session,
+    recipe: RecipeFile,
+    set: Overrides = None,  # noqa: A002
+    cache: CacheFolder = None,
+    offline: Offline = False,
+) -> None:
+    """Show what a build would make: exact bytes, expected memory and speed, what is cached. Reads headers only."""
+    from llmpack.cli.show import show_plan
+    from llmpack.pipeline.build import plan_bundle
+
+    planned = plan_bundle(_order(recipe, Path("bundles"), set, cache, False, offline))
+    session.answer(planned.document(), lambda: show_plan(planned))
+
+
+@app.command()
+@command
+def check(
+    session: Session,
+    bundle: BundlePath,
+    budget: Limits = None,
+    device: Annotated[str | None, typer.Option("--device", help="Judge for another device (`host`: this one).")] = None,
+    accept: Annotated[str | None, typer.Option("--accept", help="`estimate`: computed figures are enough.")] = None,
+    cache: CacheFolder = None,
+) -> int:
+    """Judge a bundle again, against its budget or another; measures only what the evidence does not cover."""
+    from llmpack.cli.show import show_verdict
+    from llmpack.errors import BudgetMissed
+    from llmpack.pipeline.check import check_bundle
+
+    checked = check_bundle(bundle, _cache(cache), limits=tuple(budget or ()), device=device, accept=accept)
+    session.answer(checked.document(), lambda: show_verdict(checked.verdict, checked.title))
+    return 0 if checked.passed else BudgetMissed.exit_code
+
+
+@app.command()
+@command
+def verify(session: Session, bundle: BundlePath) -> None:
+    """Check a bundle's files against its checksums and its manifest, and its model file against the format."""
+    from llmpack.pipeline.verify import verify_bundle
+
+    verified = verify_bundle(bundle)
+    session.answer(verified, lambda: print(f"{bundle}: {len(verified['files'])} files are what the manifest says"))
+
+
+@app.command()
+@command
+def inspect(
+    session: Session,
+    path: Annotated[Path, typer.Argument(help="A GGUF file, a checkpoint folder or a bundle.", show_default=False)],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+) -> None:
+    """Show tensors, encodings, bits per weight and bytes of a model on disk."""
+    from llmpack.cli.show import show_inspection
+    from llmpack.pipeline.inspection import inspect as look
+
+    found = look(path)
+    session.answer(found.document(), lambda: show_inspection(found, tensors))
+
+
+@app.command("eval")
+@command
+def evaluate(
+    session: Session,
+    bundle: BundlePath,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Text to judge on, as in a recipe. Repeatable.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="How many tokens to compare.")] = None,
+    cache: CacheFolder = None,
+    offline: Offline = False,
+) -> None:
+    """Compare a bundle in its runtime with the model that it was made from, token by token."""
+    from llmpack.cli.show import show_quality
+    from llmpack.pipeline.evaluate import evaluate_bundle
+
+    found = evaluate_bundle(bundle, _cache(cache), text=tuple(text or ()), tokens=tokens, offline=offline)
+    session.answer(found.document(), lambda: show_quality(found))
+
+
+@app.command()
+@command
+def run(
+    session: Session,
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Argument(help="What to ask.", show_default=False)],
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Longest answer.")] = 256,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the drawing of tokens.")] = 0,
+) -> None:
+    """Ask a bundle something, under the runtime settings that ship in it."""
+    from llmpack.pipeline.talk import Question, ask
+
+    question = Question(prompt, tokens=tokens, system=system, raw=raw, temperature=temperature, seed=seed)
+    spoken = (lambda text: None) if session.json else (lambda text: print(text, end="", flush=True))
+    answer = ask(bundle, question, spoken)
+    session.answer(answer, print)
+
+
+@app.command("list")
+@command
+def list_(
+    session: Session,
+    what: Annotated[str, typer.Argument(help="steps, encodings, devices or families.", show_default=False)],
+) -> None:
+    """List what recipes may name."""
+    from llmpack.cli.listing import listing
+    from llmpack.cli.show import show_table
+
+    rows = listing(what)
+    session.answer(rows, lambda: show_table(rows))
+
+
+@app.command()
+@command
+def schema(session: Session) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from llmpack.pipeline.schema import schema_text
+
+    print(schema_text(), end="")
+
+
+@cache_app.command("ls")
+@command
+def cache_ls(session: Session, cache: CacheFolder = None) -> None:
+    """List finished and unfinished work."""
+    from llmpack.cli.listing import cache_rows
+    from llmpack.cli.show import show_table
+
+    rows = cache_rows(_cache(cache))
+    session.answer(rows, lambda: show_table(rows))
+
+
+@cache_app.command("verify")
+@command
+def cache_verify(session: Session, cache: CacheFolder = None) -> int:
+    """Compute every digest again. Damaged work is made again by the next build that needs it."""
+    from llmpack.cli.listing import cache_damage
+    from llmpack.cli.show import show_table
+    from llmpack.errors import VerificationFailed
+
+    rows = cache_damage(_cache(cache))
+    session.answer(rows, lambda: show_table(rows))
+    return VerificationFailed.exit_code if rows else 0
+
+
+@cache_app.command("gc")
+@command
+def cache_gc(
+    session: Session,
+    days: Annotated[float, typer.Option("--days", min=0.0, help="Remove what was not used for so many days.")] = 30.0,
+    key: Annotated[str | None, typer.Option("--key", help="Remove the entries whose key starts like this.")] = None,
+    cache: CacheFolder = None,
+) -> None:
+    """Remove work that nobody used for a while."""
+    from llmpack.cli.listing import collect
+    from llmpack.cli.show import show_table
+
+    rows = collect(_cache(cache), days, key)
+    session.answer(rows, lambda: show_table(rows))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from llmpack import __version__
+
+        print(f"llmpack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """The `llmpack` program."""
+    app()
