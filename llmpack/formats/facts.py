@@ -8,18 +8,20 @@ folder counts only if the caller says so, because a folder in a cache is called 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmpack.checkpoint.folder_intake import file_problem
+from llmpack.checkpoint.strict_json import parse_json
 from llmpack.errors import InputRejected, Problem
 from llmpack.formats.model_card import front_matter
 from llmpack.formats.model_name import NameParts, name_parts, title
 
 HUB = "https://huggingface.co/"
+MAX_TABLE = 1 << 20
 _HUB_MODEL = re.compile(r"https?://huggingface\.co/([^/]+/[^/]+)")
 _URL = re.compile(r"(https?|ssh)://")
 
@@ -105,13 +107,13 @@ class Facts:
 
         Raises InputRejected (rules ``model-card`` and ``generation-config``) for files that do not parse.
         """
-        card = front_matter(folder / "README.md")
+        card = front_matter(folder)
         found: dict[str, Any] = {}
         for fact, keys in CARD_KEYS.items():
             values = [value for key in keys if (value := _text(card.get(key)))]
             if values:
                 found[fact] = values[0]
-        config = _json(folder / "config.json", "config-json")
+        config = _table(folder, "config.json", "config-json")
         said = config.get("_name_or_path")
         names = [said] if isinstance(said, str) and said.count("/") <= 1 else []
         for parts in (name_parts(name, parameters) for name in (*names, model)):
@@ -123,7 +125,7 @@ class Facts:
             datasets=_related(card, ("datasets", "dataset", "dataset_sources"), parameters),
             tags=(*_texts(card.get("tags")), *_texts(card.get("pipeline_tag"))),
             languages=(*_texts(card.get("languages")), *_texts(card.get("language"))),
-            sampling=_sampling(folder / "generation_config.json"),
+            sampling=_sampling(folder),
         )
 
     @classmethod
@@ -212,18 +214,23 @@ def _counted(general: Mapping[str, Any], kind: str) -> tuple[Mapping[str, str], 
     return tuple({k: str(general[f"{kind}.{i}.{k}"]) for k in RELATED if f"{kind}.{i}.{k}" in general} for i in numbers)
 
 
-def _json(path: Path, rule: str) -> dict[str, Any]:
-    if not path.is_file():
+def _table(folder: Path, name: str, rule: str) -> dict[str, Any]:
+    """A file of JSON; empty where there is none."""
+    path = folder / name
+    if not path.exists():
         return {}
+    problem = file_problem(folder, path, MAX_TABLE)
+    if problem is not None:
+        raise InputRejected([problem])
     try:
-        parsed = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as fault:
-        raise InputRejected([Problem(f"not JSON ({fault})", where=str(path), rule=rule)]) from fault
+        parsed = parse_json(path.read_bytes())
+    except ValueError as fault:
+        raise InputRejected([Problem(str(fault), where=str(path), rule=rule)]) from fault
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _sampling(path: Path) -> dict[str, int | float | str]:
-    config = _json(path, "generation-config")
+def _sampling(folder: Path) -> dict[str, int | float | str]:
+    config = _table(folder, "generation_config.json", "generation-config")
     found: dict[str, int | float | str] = {}
     for key, (theirs, kind) in SAMPLING.items():
         value = config.get(theirs)
@@ -238,5 +245,6 @@ def _sampling(path: Path) -> dict[str, int | float | str]:
             found[key] = value
         else:
             message = f"{theirs} = {value!r} is not of type {kind.__name__}; correct or delete it"
-            raise InputRejected([Problem(message, path=theirs, where=str(path), rule="generation-config")])
+            where = str(folder / "generation_config.json")
+            raise InputRejected([Problem(message, path=theirs, where=where, rule="generation-config")])
     return found

@@ -7,23 +7,27 @@ from typing import Any
 
 import yaml
 
+from llmpack.checkpoint.folder_intake import file_problem
+from llmpack.checkpoint.licence import CARD, MAX_CARD
 from llmpack.errors import InputRejected, Problem
 
-MAX_BYTES = 4 << 20
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
-def front_matter(path: Path) -> dict[str, Any]:
-    """The table at the top of a model card; empty without a card or without front matter.
+def front_matter(folder: Path) -> dict[str, Any]:
+    """The table at the top of a folder's model card; empty without a card or without front matter.
 
     Every scalar stays the text that was written: a language "no" is no truth value, a version 1.0 no
     number. Entries without a value are left out. Raises InputRejected (rule ``model-card``) for a card
-    that is no UTF-8 text, too large, or whose front matter is not YAML.
+    that is no UTF-8 text or whose front matter is not YAML, and for one that is too large or a link
+    out of the folder.
     """
-    if not path.is_file():
+    path = folder / CARD
+    if not path.exists():
         return {}
-    if path.stat().st_size > MAX_BYTES:
-        raise _rejected(path, f"{path.stat().st_size} bytes; a model card of more than {MAX_BYTES} is not read")
+    problem = file_problem(folder, path, MAX_CARD)
+    if problem is not None:
+        raise InputRejected([problem])
     try:
         lines = path.read_bytes().decode().splitlines()
     except UnicodeDecodeError as fault:
