@@ -36,9 +36,9 @@ SMALLEST_DAMPING = 1e-4
 class HessianSum:
     """Running sum of ``x x^T`` over tokens, float32; one buffer of ``columns^2`` numbers.
 
-    Products run over chunks of tokens, so that a sum over millions of tokens adds few, large and
-    non-negative (on the diagonal) terms. Only the upper tiles are kept; `mean` mirrors them, so the
-    result is exactly symmetric.
+    Products of chunks of tokens are formed first and then added: had each token been added to the sum
+    itself, a million of them would leave three digits. Only the upper tiles are kept; `mean` mirrors
+    them, so the result is exactly symmetric.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -53,7 +53,7 @@ class HessianSum:
             rows = chunk.to(device=self._sum.device, dtype=torch.float32)
             for start in range(0, self.columns, TILE):
                 stop = min(start + TILE, self.columns)
-                self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+                self._sum[start:stop, start:].add_(rows[:, start:stop].T @ rows[:, start:])
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:

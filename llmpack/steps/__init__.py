@@ -1,1 +1,14 @@
+"""The table of steps. A name is written here once; its class is loaded at first use."""
 
+from llmpack.registry import Table
+from llmpack.steps.step import Step
+
+STEPS: Table[type[Step]] = Table(
+    "step",
+    {
+        "quantize.rtn": "llmpack.steps.quantize_rtn:QuantizeRtn",
+        "quantize.gptq": "llmpack.steps.quantize_gptq:QuantizeGptq",
+        "quantize.llamacpp": "llmpack.steps.quantize_llamacpp:QuantizeLlamacpp",
+    },
+    group="llmpack.steps",
+)

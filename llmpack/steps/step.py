@@ -1,0 +1,71 @@
+"""What a step is: one change to a model, with its recipe options as fields."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from llmpack.models.graph import ModelGraph
+from llmpack.progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from llmpack.calibration.corpus import Corpus
+    from llmpack.checkpoint.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Where a step works and what it works with.
+
+    folder  the checkpoint that it writes; may hold the finished shards of a run of the same step that was killed
+    work    scratch beside it, which survives a killed run
+    source  the model that the recipe began with, before any step
+    corpus  tokens to learn from, None for steps that need none
+    threads compute threads: bytes are equal for equal threads on machines of one class
+    """
+
+    folder: Path
+    work: Path
+    source: Checkpoint
+    corpus: Corpus | None
+    seed: int
+    threads: int
+    progress: Progress = QUIET
+
+
+class Step(BaseModel):
+    """One change to a model. A frozen object; its fields are its options in a recipe.
+
+    version  raised when equal options would give other tensors
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: ClassVar[int] = 1
+
+    use: str
+    """Name of the step."""
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether it learns from calibration text."""
+        return False
+
+    @abstractmethod
+    def preview(self, graph: ModelGraph) -> ModelGraph:
+        """The graph that `run` will produce; needs no data and no torch.
+
+        Raises RecipeError with every tensor that cannot be treated as the options ask, and the cure.
+        """
+
+    @abstractmethod
+    def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
+        """Change `checkpoint`, whose graph is `graph`, and write the result to ``bench.folder``.
+
+        Called again after a crash it goes on where it was, and ends with the same bytes.
+        Raises StepFailed and its kind.
+        """
