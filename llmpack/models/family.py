@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmpack.errors import InputRejected, Problem
+from llmpack.models.gguf_config import read_config
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.models.rope import Rope, read_rope
 
@@ -95,7 +96,7 @@ class Family(ABC):
     outside        rows outside the blocks: the embedding first
     block          rows of one block, in the order in which a forward pass meets their inputs
     defaults       what transformers assumes where config.json is silent; a test compares
-    optional_sizes sizes that may be absent or null because they follow from others
+    from_gguf      whether a GGUF file of `gguf_arch` is taken for this family
     """
 
     name: ClassVar[str]
@@ -107,6 +108,7 @@ class Family(ABC):
     outside: ClassVar[tuple[Row, ...]]
     block: ClassVar[tuple[Row, ...]]
     defaults: ClassVar[Mapping[str, Any]]
+    from_gguf: ClassVar[bool] = True
 
     # --- the config
 
@@ -178,6 +180,10 @@ class Family(ABC):
         """The rotary embedding of a config. Raises InputRejected as `check` does."""
         self.check(config)
         return read_rope(config, self.defaults["rope_theta"])[0]
+
+    @abstractmethod
+    def config_of_names(self, names: Collection[str]) -> Mapping[str, Any]:
+        """The settings of a config that a GGUF file says by having certain tensors: biases, tied heads."""
 
     def block_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """What kind of attention each block has; blocks may be dropped freely where all are equal."""
@@ -272,3 +278,14 @@ class Family(ABC):
         """Tensors of a GGUF file that no checkpoint has, float32 (`Rope.divisors`)."""
         divisors = self.rope(config).divisors(self.sizes(config).head_dim)
         return {} if divisors is None else {"rope_freqs.weight": divisors}
+
+    def config_from_gguf(self, metadata: Mapping[str, Any], divisors: np.ndarray | None = None) -> dict[str, Any]:
+        """A config.json whose `hyperparameters` and `extra_tensors` are those of a GGUF file.
+
+        metadata  of the file
+        divisors  its ``rope_freqs.weight``, float32, where there is one
+
+        Whether heads are tied and biases exist is in the names of the tensors (`config_of_names`).
+        Raises InputRejected for keys of the architecture that say something else than this family can.
+        """
+        return read_config(self, metadata, divisors)

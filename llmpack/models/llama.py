@@ -70,6 +70,14 @@ class Llama(Family):
             found.append(Problem(text, "partial_rotary_factor", "config.json", rule="unsupported-config"))
         return found
 
+    def config_of_names(self, names: Collection[str]) -> Mapping[str, Any]:
+        """Biases of the first block, and whether there is a head."""
+        return {
+            "tie_word_embeddings": "output.weight" not in names,
+            "attention_bias": "blk.0.attn_q.bias" in names,
+            "mlp_bias": "blk.0.ffn_up.bias" in names,
+        }
+
     def hyperparameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The common keys, the vocabulary, and the width that is rotated (all of a head)."""
         sizes = self.sizes(config)

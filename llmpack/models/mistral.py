@@ -18,6 +18,7 @@ class Mistral(Llama):
     name = "mistral"
     architectures = ("MistralForCausalLM",)
     model_type = "mistral"
+    from_gguf = False  # the file does not tell Mistral from Llama, nor does the arithmetic without a window
 
     defaults: ClassVar[Mapping[str, Any]] = {
         **Llama.defaults,
