@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 MAX_DEPTH = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -19,24 +22,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_values(value: Any, max_depth: int) -> None:
-    """Depth and lone surrogates, without recursion."""
-    stack = [(value, 1)]
+def _check_depth(value: Any, max_depth: int) -> None:
+    """Without recursion."""
+    stack = [(value, 1)] if isinstance(value, dict | list) else []
     while stack:
         item, depth = stack.pop()
-        if isinstance(item, str):
-            if not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
-                raise ValueError(f"{item[:80]!r} has half of a surrogate pair, which is no text")
-            continue
-        if not isinstance(item, dict | list):
-            continue
         if depth > max_depth:
             raise ValueError(f"nested more than {max_depth} deep")
+        parts = item.values() if isinstance(item, dict) else item
+        stack.extend((part, depth + 1) for part in parts if isinstance(part, dict | list))
+
+
+def _check_text(value: Any) -> None:
+    """Refuse halves of surrogate pairs, which Python reads and cannot write."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
         if isinstance(item, dict):
-            stack.extend((key, depth) for key in item)
-            stack.extend((inner, depth + 1) for inner in item.values())
-        else:
-            stack.extend((inner, depth + 1) for inner in item)
+            stack.extend(item)
+            stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, str) and _SURROGATE.search(item):
+            raise ValueError(f"{item[:80]!r} has half of a surrogate pair, which is no text")
 
 
 def parse_json(data: bytes, max_depth: int = MAX_DEPTH) -> Any:
@@ -56,5 +64,7 @@ def parse_json(data: bytes, max_depth: int = MAX_DEPTH) -> Any:
         raise ValueError(f"nested more than {max_depth} deep") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
-    _check_values(value, max_depth)
+    _check_depth(value, max_depth)
+    if _ESCAPED_SURROGATE.search(data):
+        _check_text(value)
     return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,14 @@ MAX_TOKENS = 4_194_304
 _LARGE = "tokenizer.json"
 
 # Pieces of JSON as bytes. Possessive quantifiers: no input makes them slow or deep.
+_TEXT = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_OTHER = rb'[^"\[\]{}]*+'
 _SPACE = re.compile(rb"[ \t\r\n]*+")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STRING = re.compile(_TEXT, re.DOTALL)
 _SCALAR = re.compile(rb"[-+.\w]++")
-_STEP = rb'[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"'
-# innermost arrays (the pairs of merges) are stepped over as a whole
-_PLAIN = re.compile(rb"(?:%b|\[(?:%b)*+\])*+" % (_STEP, _STEP), re.DOTALL)
+# everything up to the next bracket, innermost arrays (the pairs of merges) stepped over as a whole
+_INNERMOST = rb"\[%b(?:%b%b)*+\]" % (_OTHER, _TEXT, _OTHER)
+_PLAIN = re.compile(rb"%b(?:(?:%b|%b)%b)*+" % (_OTHER, _TEXT, _INNERMOST, _OTHER), re.DOTALL)
 
 
 def tokenizer_files(folder: Path) -> tuple[tuple[Path, ...], list[Problem]]:
@@ -104,89 +105,99 @@ def _side_file(path: Path) -> Iterator[tuple[str, str]]:
 
 def _ids(path: Path, vocabulary: int | None) -> Iterator[tuple[str, str]]:
     vocab, added = _read_vocabulary(path)
-    pairs = list(_vocabulary_pairs(vocab)) + list(_added_pairs(added))
+    names = _names_by_id(vocab)
+    for content, number in _added_pairs(added):
+        if names.setdefault(number, content) != content:
+            yield "tokenizer", f"the id {number} stands for {names[number][:40]!r} and for the added {content[:40]!r}"
     limit = MAX_TOKENS if vocabulary is None else vocabulary
-    bad = [(text, i) for text, i in pairs if isinstance(i, bool) or not isinstance(i, int) or i < 0]
-    for text, i in bad[:4]:
-        yield "tokenizer", f"token {text[:40]!r} has the id {str(i)[:40]}, which is no whole number from 0 on"
-    good = {(text, i) for text, i in pairs if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
-    outside = sorted((i, text) for text, i in good if i >= limit)
+    outside = sorted(number for number in names if number >= limit)
     if outside:
         yield (
             "tokenizer",
-            f"{len(outside)} token ids have no row in the embedding of {limit} (first: {outside[0][0]} for "
-            f"{outside[0][1][:40]!r}); the tokenizer belongs to another model, or the embedding was not resized",
-        )
-    twice = [i for i, count in Counter(i for _, i in good).items() if count > 1]
-    if twice:
-        names = sorted(text for text, i in good if i == twice[0])[:2]
-        yield (
-            "tokenizer",
-            f"{len(twice)} ids stand for several tokens (first: {twice[0]} for {names[0]!r} and {names[1]!r})",
+            f"{len(outside)} token ids have no row in the embedding of {limit} (first: {outside[0]} for "
+            f"{names[outside[0]][:40]!r}); the tokenizer belongs to another model, or the embedding was not resized",
         )
 
 
-def _vocabulary_pairs(vocab: Any) -> Iterator[tuple[str, Any]]:
-    """(token, id) of a BPE or WordPiece table, or of a Unigram list of [token, score]."""
-    if isinstance(vocab, dict):
-        yield from vocab.items()
-        return
-    for position, entry in enumerate(vocab):
-        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
-            raise ValueError(f"entry {position} of the vocabulary is not [token, score]")
-        yield entry[0], position
+def _check_id(token: str, number: Any) -> None:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"token {token[:40]!r} has the id {str(number)[:40]}, which is no whole number from 0 on")
 
 
-def _added_pairs(added: Any) -> Iterator[tuple[str, Any]]:
+def _names_by_id(vocab: Any) -> dict[int, str]:
+    """Of a BPE or WordPiece table {token: id}, or of a Unigram list of [token, score]."""
+    if isinstance(vocab, list):
+        for position, entry in enumerate(vocab):
+            if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+                raise ValueError(f"entry {position} of the vocabulary is not [token, score]")
+        return {position: entry[0] for position, entry in enumerate(vocab)}
+    for token, number in vocab.items():
+        _check_id(token, number)
+    names = {number: token for token, number in vocab.items()}
+    if len(names) < len(vocab):
+        first, number = next((t, i) for t, i in vocab.items() if names[i] != t)
+        text = f"{len(vocab) - len(names)} tokens share the id of another"
+        raise ValueError(f"{text} (first: {number} for {first[:40]!r} and {names[number][:40]!r})")
+    return names
+
+
+def _added_pairs(added: list[Any]) -> Iterator[tuple[str, int]]:
     for position, entry in enumerate(added):
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or "id" not in entry:
             raise ValueError(f"added token {position} has no content or no id")
+        _check_id(entry["content"], entry["id"])
         yield entry["content"], entry["id"]
 
 
-def _read_vocabulary(path: Path) -> tuple[Any, Any]:
-    """`model.vocab` (table or list) and `added_tokens` (list). Raises ValueError for anything else."""
+def _read_vocabulary(path: Path) -> tuple[Any, list[Any]]:
+    """`model.vocab` (table or list) and `added_tokens`. Raises ValueError for anything else."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        top = dict(_members(data, 0))
-        if "model" not in top:
+        places, _ = _members(data, _skip_space(data, 0), entered="model")
+        if hasattr(mmap, "MADV_DONTNEED"):
+            data.madvise(mmap.MADV_DONTNEED)  # the merges were stepped over and are not needed again
+        if "model" not in places:
             raise ValueError("the file has no `model`")
-        model = dict(_members(data, top["model"][0]))
-        if "vocab" not in model:
+        if "model.vocab" not in places:
             raise ValueError("the model has no `vocab`")
-        vocab = parse_json(data[slice(*model["vocab"])])
-        added = parse_json(data[slice(*top["added_tokens"])]) if "added_tokens" in top else []
-    if not isinstance(vocab, dict | list) or (added is not None and not isinstance(added, list)):
+        vocab = parse_json(data[slice(*places["model.vocab"])])
+        added = parse_json(data[slice(*places["added_tokens"])]) if "added_tokens" in places else None
+    added = [] if added is None else added
+    if not isinstance(vocab, dict | list) or not isinstance(added, list):
         raise ValueError("`vocab` or `added_tokens` has a form that no tokenizer uses")
     if len(vocab) > MAX_TOKENS:
         raise ValueError(f"{len(vocab)} tokens; at most {MAX_TOKENS} are believed")
-    return vocab, added or []
+    return vocab, added
 
 
-def _members(data: mmap.mmap, start: int) -> list[tuple[str, tuple[int, int]]]:
-    """Keys of the JSON object at `start` and where each value lies, without decoding the values."""
-    position = _skip_space(data, start)
+def _members(data: mmap.mmap, position: int, entered: str = "") -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each value of the JSON object at `position` lies, undecoded, and the first byte after the object.
+
+    The members of the key `entered` are listed too, as ``entered.key``.
+    """
     _expect(data, position, b"{")
     position = _skip_space(data, position + 1)
-    found: list[tuple[str, tuple[int, int]]] = []
-    if data[position : position + 1] == b"}":
-        return found
-    while True:
+    found: dict[str, tuple[int, int]] = {}
+    while data[position : position + 1] != b"}":
+        if found:
+            _expect(data, position, b",")
+            position = _skip_space(data, position + 1)
         match = _STRING.match(data, position)
         if match is None:
             raise ValueError(f"not JSON: no key at byte {position}")
         key = json.loads(match[0])
-        if any(key == known for known, _ in found):
+        if key in found:
             raise ValueError(f"the key {key[:80]!r} stands twice in one object")
         position = _skip_space(data, match.end())
         _expect(data, position, b":")
         begin = _skip_space(data, position + 1)
-        end = _value_end(data, begin)
-        found.append((key, (begin, end)))
+        if key == entered:
+            inner, end = _members(data, begin)
+            found |= {f"{entered}.{name}": place for name, place in inner.items()}
+        else:
+            end = _value_end(data, begin)
+        found[key] = (begin, end)
         position = _skip_space(data, end)
-        if data[position : position + 1] == b"}":
-            return found
-        _expect(data, position, b",")
-        position = _skip_space(data, position + 1)
+    return found, position + 1
 
 
 def _skip_space(data: mmap.mmap, position: int) -> int:

@@ -1,10 +1,12 @@
-"""Small files made by hand, byte by byte where that matters, sharing no code with the package."""
+"""Small files made by hand, byte by byte where that matters, sharing no code with what is tested."""
 
 import json
 import struct
 from pathlib import Path
 
 import numpy as np
+
+from llmpack.errors import InputRejected
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -84,6 +86,15 @@ def write_sharded(folder: Path):
 
 def write_index(folder: Path, placed):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+def is_refused(read, *arguments):
+    """True if reading ends in an InputRejected that names its problems; any other exception passes through."""
+    try:
+        read(*arguments)
+    except InputRejected as refusal:
+        return bool(refusal.problems)
+    return False
 
 
 def rules(refusal):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from checkpoint_files import CONFIG, rules, write_folder
+from checkpoint_files import CONFIG, is_refused, rules, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,9 +129,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(sorted(CONFIG) + ["text_config", "rope_scaling", "factor", "auto_map", "head_dim"]) | st.text(
-    max_size=6
-)
+keys = st.sampled_from([*CONFIG, "text_config", "rope_scaling", "factor", "auto_map", "head_dim"]) | st.text(max_size=6)
 
 
 @settings(max_examples=300, deadline=None)
@@ -139,10 +137,7 @@ keys = st.sampled_from(sorted(CONFIG) + ["text_config", "rope_scaling", "factor"
 def test_any_json_gives_a_config_or_a_refusal(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "any-config.json"
     path.write_text(json.dumps(value))
-    try:
-        read_config(path)
-    except InputRejected as refusal:
-        assert refusal.problems
+    assert is_refused(read_config, path) or isinstance(read_config(path), dict)
 
 
 @settings(max_examples=200, deadline=None)
@@ -150,7 +145,4 @@ def test_any_json_gives_a_config_or_a_refusal(tmp_path_factory, value):
 def test_any_bytes_give_a_config_or_a_refusal(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any-config.json"
     path.write_bytes(data)
-    try:
-        read_config(path)
-    except InputRejected as refusal:
-        assert refusal.problems
+    assert is_refused(read_config, path) or isinstance(read_config(path), dict)

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from checkpoint_files import file_bytes, rules, safetensors_bytes, some_tensors
+from checkpoint_files import file_bytes, is_refused, rules, safetensors_bytes, some_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -140,12 +140,7 @@ def library_accepts(path):
 def test_any_bytes_give_a_header_or_a_refusal(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(data)
-    try:
-        read_header(path)
-    except InputRejected as refusal:
-        assert refusal.problems
-    else:
-        assert library_accepts(path)
+    assert is_refused(read_header, path) or library_accepts(path)
 
 
 def test_mutations_of_a_good_file_give_a_header_or_a_refusal(tmp_path):
@@ -165,10 +160,7 @@ def test_mutations_of_a_good_file_give_a_header_or_a_refusal(tmp_path):
             else:
                 del data[at : at + chance.randint(1, 4)]
         path.write_bytes(data)
-        try:
-            read_header(path)
-        except InputRejected:
-            continue
-        accepted += 1
-        assert library_accepts(path)
+        if not is_refused(read_header, path):
+            accepted += 1
+            assert library_accepts(path)
     assert accepted > 50
