@@ -1,0 +1,169 @@
+"""Devices: what a machine offers to a model, each figure with where it comes from.
+
+A profile is one TOML file in ``target/devices/``; "host" is this machine as it is found. A figure
+without a source is left out, never guessed, and what depends on it stays unmeasured.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from importlib.resources import files
+from typing import Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from llmpack.digest import sha256_value
+from llmpack.errors import Problem, RecipeError
+from llmpack.registry import suggestion
+from llmpack.target.quantities import Bandwidth, Flops, Size
+
+HOST = "host"
+INSTRUCTION_SETS = (
+    "avx", "avx2", "avx512", "avx512_vnni", "avx_vnni", "bmi2", "f16c", "fma", "amx_int8",
+    "neon", "fp16", "dotprod", "i8mm", "sve", "sme", "rvv",
+)  # fmt: skip
+"""Names of the instruction sets that decide which kernels of the runtime are used."""
+
+T = TypeVar("T")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Figure(_Strict, Generic[T]):
+    """One number of a device, and why it is believed."""
+
+    value: T
+    provenance: Literal["measured", "datasheet"]
+    """"measured" on such a machine, or read in its maker's papers."""
+    source: str = Field(min_length=8)
+    """Who measured it or which paper says it."""
+
+
+class Figures(_Strict):
+    """The figures of a device; those that are not known are absent."""
+
+    memory: Figure[Size]
+    """Memory of the machine; a container's limit where one holds."""
+    cores: Figure[int] | None = None
+    """Physical cores that help a model (the big ones, on mixed processors)."""
+    instruction_sets: Figure[tuple[str, ...]] | None = None
+    """Which of `INSTRUCTION_SETS` it has."""
+    bandwidth: Figure[Bandwidth] | None = None
+    """Bytes per second from memory: the nominal peak, or streamed by all cores where it was measured."""
+    decode_efficiency: Figure[float] | None = None
+    """Share of `bandwidth` that decoding reaches in llama.cpp."""
+    arithmetic: Figure[Flops] | None = None
+    """Operations per second that prompt processing reaches in llama.cpp (2 per weight and token)."""
+
+    @field_validator("instruction_sets", mode="before")
+    @classmethod
+    def _as_tuple(cls, table: object) -> object:
+        if isinstance(table, dict) and isinstance(table.get("value"), list):
+            return {**table, "value": tuple(table["value"])}
+        return table
+
+    @field_validator("instruction_sets")
+    @classmethod
+    def _known(cls, figure: Figure[tuple[str, ...]] | None) -> Figure[tuple[str, ...]] | None:
+        for name in figure.value if figure else ():
+            if name not in INSTRUCTION_SETS:
+                raise ValueError(f"unknown instruction set {name!r}{suggestion(name, INSTRUCTION_SETS)}")
+        return figure
+
+    @field_validator("cores")
+    @classmethod
+    def _some(cls, figure: Figure[int] | None) -> Figure[int] | None:
+        if figure and not 1 <= figure.value <= 4096:
+            raise ValueError(f"{figure.value} cores are impossible")
+        return figure
+
+    @field_validator("decode_efficiency")
+    @classmethod
+    def _share(cls, figure: Figure[float] | None) -> Figure[float] | None:
+        if figure and not 0 < figure.value <= 1:
+            raise ValueError(f"decode_efficiency is a share between 0 and 1, not {figure.value}")
+        return figure
+
+
+class Device(_Strict):
+    """A machine that a bundle is made for."""
+
+    name: str
+    description: str = Field(min_length=1)
+    """One line for `llmpack list devices`."""
+    arch: Literal["x86_64", "aarch64", "riscv64"]
+    cpu: str
+    """Model of the processor, as the system names it where it was probed."""
+    kernel: str = ""
+    """Operating system and its version, where it was probed."""
+    figures: Figures
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory."""
+        return self.figures.memory.value
+
+    @property
+    def cores(self) -> int | None:
+        """Physical cores, if known."""
+        return self.figures.cores.value if self.figures.cores else None
+
+    @property
+    def instruction_sets(self) -> frozenset[str] | None:
+        """Instruction sets, if known."""
+        return frozenset(self.figures.instruction_sets.value) if self.figures.instruction_sets else None
+
+    @property
+    def bandwidth(self) -> int | None:
+        """Bytes per second from memory, if known."""
+        return self.figures.bandwidth.value if self.figures.bandwidth else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what makes it this machine and not another: processor, cores, instruction sets, memory.
+
+        Memory is counted in quarters of a GiB, because kernels reserve a little more or less of it.
+        """
+        facts = {
+            "arch": self.arch,
+            "cpu": self.cpu,
+            "cores": self.cores,
+            "instruction_sets": sorted(self.instruction_sets or ()),
+            "memory": round(self.memory / (1 << 28)),
+        }
+        return sha256_value(facts)[:16]
+
+
+def device_names() -> list[str]:
+    """Names of all profiles in the package; "host" is not one of them."""
+    folder = files("llmpack.target") / "devices"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def device(name: str) -> Device:
+    """The device of that name; "host" probes this machine. Raises RecipeError with a suggestion."""
+    if name == HOST:
+        from llmpack.target.probe import probe_host
+
+        return probe_host()
+    names = device_names()
+    if name not in names:
+        hint = suggestion(name, [HOST, *names])
+        raise RecipeError([Problem(f"unknown device `{name}`{hint}", path="target.device")])
+    return read_device(name, (files("llmpack.target") / "devices" / f"{name}.toml").read_text("utf-8"), f"{name}.toml")
+
+
+def read_device(name: str, text: str, where: str) -> Device:
+    """A device from the text of its profile. Raises RecipeError with every problem, `where` being the file's name."""
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # tomllib lets both out for numbers and nesting without end
+        raise RecipeError([Problem(f"this is no TOML: {error}", where=where)]) from error
+    try:
+        return Device.model_validate({**table, "name": name})
+    except ValidationError as error:
+        raise RecipeError(
+            [Problem(e["msg"], path=".".join(str(part) for part in e["loc"]), where=where) for e in error.errors()]
+        ) from error

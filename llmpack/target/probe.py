@@ -1,0 +1,119 @@
+"""What this machine is: read from the system, bandwidth measured by streaming through memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from llmpack.errors import EnvironmentProblem
+from llmpack.runtime.settings import usable_cores
+from llmpack.target.device import HOST, Device
+
+# /proc/cpuinfo's words for the instruction sets that matter (x86 "flags", ARM "Features")
+_FLAGS = {
+    "avx": "avx", "avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni",
+    "bmi2": "bmi2", "f16c": "f16c", "fma": "fma", "amx_int8": "amx_int8",
+    "asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod", "i8mm": "i8mm", "sve": "sve", "sme": "sme",
+}  # fmt: skip
+_ARCHES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64", "riscv64": "riscv64"}
+_UNLIMITED = 1 << 60  # cgroups write "no limit" as a number near 2^63
+STREAM_BYTES = 128 << 20
+
+
+def probe_host(*, bandwidth: bool = False) -> Device:
+    """This machine as a device.
+
+    bandwidth  also stream through memory, for some tenths of a second. Raises EnvironmentProblem on
+               an architecture that llmpack does not know.
+    """
+    machine = platform.machine()
+    if machine not in _ARCHES:
+        raise EnvironmentProblem(f"the architecture {machine} of this machine is unknown; known: {', '.join(_ARCHES)}")
+    model, flags = _cpuinfo()
+    figures = {
+        "memory": _measured(f"{memory_of_host()} B", "the system's count, or the container's limit"),
+        "cores": _measured(usable_cores(), "physical cores that this process may use"),
+    }
+    if flags:
+        figures["instruction_sets"] = _measured(flags, "the processor's own flags")
+    if bandwidth:
+        streamed = measure_bandwidth(usable_cores())
+        figures["bandwidth"] = _measured(f"{streamed} B/s", "streamed from memory by all cores, best of five")
+    table = {
+        "name": HOST,
+        "description": f"this machine: {model}",
+        "arch": _ARCHES[machine],
+        "cpu": model,
+        "kernel": f"{platform.system()} {platform.release()}",
+        "figures": figures,
+    }
+    return Device.model_validate(table)
+
+
+def _measured(value: object, source: str) -> dict[str, object]:
+    return {"value": value, "provenance": "measured", "source": source}
+
+
+def _cpuinfo() -> tuple[str, tuple[str, ...]]:
+    """Model name and known instruction sets of the processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), ()
+    facts: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    words = (facts.get("flags") or facts.get("Features") or "").split()
+    flags = tuple(ours for theirs, ours in _FLAGS.items() if theirs in words)
+    vector = facts.get("isa", "")  # RISC-V: "rv64imafdcv_..."
+    if vector.startswith("rv64") and "v" in vector.removeprefix("rv64").partition("_")[0]:
+        flags = (*flags, "rvv")
+    model = facts.get("model name") or facts.get("Model") or _arm_model(facts)
+    return model, flags
+
+
+def _arm_model(facts: dict[str, str]) -> str:
+    parts = (facts.get("CPU implementer", ""), facts.get("CPU part", ""))
+    return f"ARM implementer {parts[0]} part {parts[1]}" if all(parts) else platform.machine()
+
+
+def memory_of_host() -> int:
+    """Bytes of memory that this process may use at most: the machine's, or the container's limit."""
+    total = int(psutil.virtual_memory().total)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < _UNLIMITED:
+            total = min(total, int(text))
+    return total
+
+
+def measure_bandwidth(threads: int) -> int:
+    """Bytes per second that `threads` cores read from memory together, best of five passes.
+
+    Each scans an array of its own that no cache holds, for a byte that is not there.
+    """
+    arrays = [np.ones(STREAM_BYTES, np.bool_) for _ in range(threads)]
+    for array in arrays:
+        array[:] = False  # written once, so that every page is real
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            started = time.perf_counter()
+            list(pool.map(np.any, arrays))
+            best = min(best, time.perf_counter() - started)
+    return int(threads * STREAM_BYTES / best)
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run over the last minute, if the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
