@@ -116,10 +116,16 @@ def _ranges(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, float) and not math.isfinite(value):
             yield "config-range", f"{key} is {value}"
         prefix, _, part = key.partition(".")
-        if prefix != architecture or part not in _BOUNDS:
+        if not isinstance(architecture, str) or prefix != architecture or part not in _BOUNDS:
             continue
         low, high = _BOUNDS[part]
-        for number in value.tolist() if isinstance(value, np.ndarray) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
-                yield "config-range", f"{key}: {str(number)[:40]!r} is not between {low} and {high}"
-                break
+        if not _within(value, low, high):
+            yield "config-range", f"{key}: {str(value)[:40]!r} is not between {low} and {high}"
+
+
+def _within(value: Any, low: int, high: int) -> bool:
+    """A whole number between the bounds, or one for each block."""
+    if isinstance(value, np.ndarray):
+        whole = value.dtype.kind in "iu" and 0 < value.size <= _BOUNDS["block_count"][1]
+        return whole and low <= int(value.min()) and int(value.max()) <= high
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
