@@ -1,0 +1,100 @@
+"""quantize.rtn: every number to the nearest code, on scales that weigh inputs as the model uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from llmpack.calibration.walk import resume_point, walk
+from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.checkpoint.writing import CheckpointWriter
+from llmpack.encodings import encoding
+from llmpack.errors import StepFailed
+from llmpack.models.graph import ModelGraph
+from llmpack.steps.blocks import (
+    Treated,
+    all_blocks_finished,
+    compute_threads,
+    packed_as,
+    plain_encode,
+    require_blocks,
+    shard_name,
+    write_block,
+    write_outside,
+)
+from llmpack.steps.quantize import Quantize
+from llmpack.steps.step import Workbench
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
+
+
+class QuantizeRtn(Quantize):
+    """Round every number to its nearest code.
+
+    The scales of each group minimize the squared error weighted by the mean squared input of each column, over
+    calibration text that runs through the model as it was: what llama.cpp does with an importance matrix. One
+    forward pass; the embedding and the head are rounded without weights.
+    """
+
+    version: ClassVar[int] = 1
+
+    importance: bool = True
+    """Weigh inputs by calibration text. Without it no text is needed, and all inputs count the same."""
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Only to weigh inputs."""
+        return self.importance
+
+    def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
+        """Write the rounded checkpoint to ``bench.folder``."""
+        target = self.preview(graph)
+        writer = CheckpointWriter(bench.folder, checkpoint)
+        with compute_threads(bench.threads):
+            write_outside(writer, checkpoint, target, plain_encode, bench.progress)
+            for block, weights in importances(checkpoint, graph, bench, writer, self.importance):
+                write_block(writer, checkpoint, target, block, self._block(checkpoint, target, block, weights))
+        return writer.finish()
+
+    def _block(
+        self, checkpoint: Checkpoint, target: ModelGraph, block: int, weights: dict[str, Tensor]
+    ) -> dict[str, Treated]:
+        treated = {}
+        for spec in target.block(block):
+            if spec.is_linear:
+                W = checkpoint.read(spec.name).to(torch.float32)
+                data = encoding(spec.encoding).encode(W, weights.get(str(spec.inputs)))
+                treated[spec.name] = Treated(packed_as(spec, data))
+        return treated
+
+
+def importances(
+    checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench, writer: CheckpointWriter, weighted: bool
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Blocks that are not durable yet, each with the mean squared input of every column, by name of the input.
+
+    The inputs are those of the model as `checkpoint` holds it: nothing that was rounded before is seen. Without
+    `weighted` no text is read and there are no weights.
+    """
+    if not weighted:
+        for block in range(graph.block_count):
+            if writer.finished(shard_name(block)) is None:
+                yield block, {}
+        return
+    if all_blocks_finished(writer, graph):
+        return
+    if bench.corpus is None:
+        raise StepFailed("this step weighs inputs by calibration text, and there is none; add a [calibration] section")
+    start = resume_point(checkpoint, graph, bench.corpus, work=bench.work)
+    require_blocks(writer, start)
+    visits = walk(checkpoint, graph, bench.corpus, work=bench.work, start=start, progress=bench.progress, observe=True)
+    for visit in visits:
+        if writer.finished(shard_name(visit.index)) is None:
+            sums = visit.hessians()
+            yield visit.index, {name: torch.diagonal(total.mean()).clone() for name, total in sums.items()}
