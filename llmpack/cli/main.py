@@ -68,7 +68,7 @@ def build(
     session: Session,
     recipe: RecipeFile,
     out: Annotated[Path, typer.Option("--out", help="Folder in which the bundle's folder appears.")] = Path("bundles"),
-    set: Overrides = None,  # noqa: A002  # the option's own name
+    set: Overrides = None,
     cache: CacheFolder = None,
     no_wait: NoWait = False,
     offline: Offline = False,
@@ -86,7 +86,7 @@ def build(
 def plan(
     session: Session,
     recipe: RecipeFile,
-    set: Overrides = None,  # noqa: A002
+    set: Overrides = None,
     cache: CacheFolder = None,
     offline: Offline = False,
 ) -> None:

@@ -39,20 +39,24 @@ def override(values: dict[str, Any], assignment: str) -> tuple[dict[str, Any], K
     return changed, (*key, last)
 
 
-def _path(text: str, assignment: str) -> list[str]:
-    message = f"`{text}` is not a path; write it like budget.memory or step.0.encoding"
+def key_of(text: str) -> tuple[str, ...]:
+    """The parts of a TOML key: ``exceptions."ffn.down"`` has two. Raises ValueError for anything else."""
     if "\n" in text or len(text) > 200:
-        raise RecipeError([Problem(message, where=f"--set {assignment}")])
-    try:
-        table = tomllib.loads(f"{text} = 0")
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError([Problem(message, where=f"--set {assignment}")]) from error
+        raise ValueError("a key is one line")
     names: list[str] = []
-    here: Any = table
+    here: Any = tomllib.loads(f"{text} = 0")
     while isinstance(here, dict):
         name, here = next(iter(here.items()))
         names.append(name)
-    return names
+    return tuple(names)
+
+
+def _path(text: str, assignment: str) -> tuple[str, ...]:
+    try:
+        return key_of(text)
+    except ValueError as error:
+        message = f"`{text}` is not a path; write it like budget.memory or step.0.encoding"
+        raise RecipeError([Problem(message, where=f"--set {assignment}")]) from error
 
 
 def _value(text: str) -> Any:

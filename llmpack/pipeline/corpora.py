@@ -1,0 +1,95 @@
+"""The two texts of a recipe, calibration and evaluation: built when their tokens are needed, known by digest before."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.errors import Problem, RecipeError
+from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.keys import file_facts, installed
+from llmpack.pipeline.recipe import CalibrationSection, EvaluationSection
+from llmpack.pipeline.toml_positions import TomlDocument
+
+if TYPE_CHECKING:
+    from llmpack.calibration.corpus import Corpus
+
+CORPUS = "corpus"
+MOST_OVERLAP = 0.01
+"""Share of the evaluation text that may also be calibration text: boilerplate such as licences, not more."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a recipe with the tokenizer that cuts it.
+
+    name  "calibration" or "evaluation", its section
+    """
+
+    name: str
+    section: CalibrationSection | EvaluationSection
+    document: TomlDocument
+    checkpoint: Checkpoint
+
+    @property
+    def _base(self) -> Path:
+        return Path(self.document.file).parent
+
+    def facts(self) -> dict[str, Any]:
+        """What the tokens depend on, as far as it can be seen without reading the text."""
+        return {
+            "name": self.name,
+            "options": self.section.model_dump(mode="json"),
+            "texts": [_text_facts(source, self._base) for source in self.section.text],
+            "tokenizer": [file_facts(path) for path in self.checkpoint.tokenizer_files],
+            "packages": {name: installed(name) for name in ("transformers", "tokenizers")},
+        }
+
+    def known_digest(self, cache: Cache) -> str | None:
+        """The digest of the tokens, if they were made before and nothing has changed since."""
+        entry = cache.find(CORPUS, self.facts())
+        return None if entry is None else str(entry.result["digest"])
+
+    def build(self, cache: Cache) -> Corpus:
+        """The tokens. Raises RecipeError for text that is missing or too short."""
+        from llmpack.calibration.corpus import build_corpus, load_tokenizer
+
+        section = self.section
+        try:
+            corpus = build_corpus(
+                section.text,
+                load_tokenizer(self.checkpoint),
+                tokens=section.tokens,
+                length=section.length,
+                seed=section.seed,
+                base=self._base,
+            )
+        except RecipeError as error:
+            key = (self.name, "text")
+            problems = [Problem(p.message, ".".join(key), self.document.where(key)) for p in error.problems]
+            raise RecipeError(problems) from error
+        with cache.claim(CORPUS, self.facts(), f"the {self.name} text") as slot:
+            if slot.entry is None:
+                slot.finish({"digest": corpus.digest})
+        return corpus
+
+
+def require_disjoint(calibration: Corpus, evaluation: Text, judged: Corpus) -> None:
+    """Raises RecipeError if the text that judges quality is among the text that steps learned from."""
+    shared = calibration.overlap(judged)
+    if shared > MOST_OVERLAP:
+        message = f"{shared:.1%} of the evaluation text is calibration text too; name text that no step has seen"
+        raise RecipeError([evaluation.document.problem(("evaluation", "text"), message)])
+
+
+def _text_facts(source: str, base: Path) -> Any:
+    kind, _, module = source.partition(":")
+    if kind == "python" and module:
+        return {"python": sys.version}
+    path = base / Path(source.partition("#")[0]).expanduser()
+    if path.is_dir():
+        return [file_facts(inner) for inner in sorted(path.rglob("*")) if inner.is_file()]
+    return file_facts(path) if path.is_file() else None

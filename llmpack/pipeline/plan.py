@@ -1,0 +1,286 @@
+"""The plan: a recipe folded over a graph. Exact bytes, an estimate on the device, what is cached; no data is read.
+
+Only here do steps and formats meet: each step says what it makes of the graph, the format says how many
+bytes the last one takes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmpack.errors import EnvironmentProblem, Problem, RecipeError, StepFailed
+from llmpack.formats.facts import Facts
+from llmpack.formats.gguf import GgufFormat
+from llmpack.models.graph import ModelGraph
+from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.corpora import Text
+from llmpack.pipeline.keys import step_facts
+from llmpack.pipeline.origin import Origin
+from llmpack.pipeline.recipe import Recipe
+from llmpack.pipeline.toml_override import key_of
+from llmpack.pipeline.toml_positions import TomlDocument
+from llmpack.runtime.settings import usable_cores
+from llmpack.steps.step import Step
+from llmpack.target.budget import Verdict, judge
+from llmpack.target.device import HOST, Device, device
+from llmpack.target.estimate import Estimate, estimate
+from llmpack.units import format_size
+
+STEP = "step"
+SMALL_FILES = 256 << 10
+"""Manifest, card, recipe, lock and checksums of a bundle: what is allowed for them before they are written."""
+DISK_MARGIN = 1.1
+DISK_RESERVE = 256 << 20
+
+State = Literal["cached", "unfinished", "to do"]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of the recipe.
+
+    graph  what it will make
+    state  "to do" also where it is not known yet, because a step before it has to run first
+    """
+
+    step: Step
+    graph: ModelGraph
+    state: State
+    key: str | None
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that one file system must have free: for what, and how many are."""
+
+    folder: Path
+    needed: int
+    free: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will do and make.
+
+    graph    as it will stand in the model file
+    nbytes   of the model file, exactly
+    disk     of the whole bundle, the small files beside the model estimated
+    facts    what the model file will say about itself
+    verdict  the budget judged on the estimate alone
+    """
+
+    device: Device
+    steps: tuple[PlannedStep, ...]
+    graph: ModelGraph
+    nbytes: int
+    disk: int
+    facts: Facts
+    file_format: GgufFormat
+    estimate: Estimate
+    verdict: Verdict
+    disk_needs: tuple[DiskNeed, ...]
+    threads: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors, the container not counted."""
+        return 8 * self.graph.nbytes / self.graph.parameters
+
+    @property
+    def misses(self) -> bool:
+        """True if a limit is broken already on the estimate, by more than the estimate may be wrong."""
+        return any(row.status == "FAIL" for row in self.verdict.rows)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "model_bytes": self.nbytes,
+            "bundle_bytes": self.disk,
+            "parameters": self.graph.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "steps": [
+                {"use": s.step.use, "options": s.step.model_dump(mode="json"), "state": s.state, "key": s.key}
+                for s in self.steps
+            ],
+            "estimate": self.estimate.to_json(),
+            "verdict": self.verdict.to_json(),
+            "disk": [
+                {"folder": str(n.folder), "needed": n.needed, "free": n.free, "for": n.what} for n in self.disk_needs
+            ],
+        }
+
+
+def make_plan(
+    recipe: Recipe, document: TomlDocument, origin: Origin, calibration: Text | None, cache: Cache, out: Path
+) -> Plan:
+    """Fold a recipe over the graph of its source.
+
+    Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's.
+    """
+    chosen = _device(recipe, document)
+    graphs = fold(recipe, document, origin.graph)
+    file_format = GgufFormat(recipe.bundle.float)
+    last = graphs[-1] if graphs else origin.graph
+    try:
+        graph = file_format.encode_graph(last)
+    except StepFailed as error:
+        raise RecipeError([document.problem(("bundle", "format"), str(error))]) from error
+    trained = graph.config.get("max_position_embeddings")
+    problems = recipe.budget.problems(chosen, trained)
+    if problems:
+        raise RecipeError([_placed(problem, document) for problem in problems])
+    facts = bundle_facts(origin, recipe)
+    nbytes = file_format.nbytes(graph, origin.checkpoint, facts)
+    disk = nbytes + SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
+    guess = estimate(graph, recipe.runtime, chosen, recipe.budget.context, disk=disk)
+    verdict = judge(recipe.budget, guess.findings(), chosen, accept=recipe.target.accept, missing=guess.missing)
+    threads = recipe.build.threads or usable_cores()
+    steps = _states(recipe, graphs, origin, calibration, cache, threads)
+    return Plan(
+        device=chosen,
+        steps=steps,
+        graph=graph,
+        nbytes=nbytes,
+        disk=disk,
+        facts=facts,
+        file_format=file_format,
+        estimate=guess,
+        verdict=verdict,
+        disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out),
+        threads=threads,
+    )
+
+
+def fold(recipe: Recipe, document: TomlDocument, graph: ModelGraph) -> list[ModelGraph]:
+    """What each step makes of the graph, in order. Raises RecipeError for the first step that cannot work."""
+    graphs: list[ModelGraph] = []
+    for index, step in enumerate(recipe.step):
+        try:
+            graph = step.preview(graph)
+        except RecipeError as error:
+            problems = [_placed(problem, document, ("step", index)) for problem in error.problems]
+            raise RecipeError(problems) from error
+        graphs.append(graph)
+    return graphs
+
+
+def _placed(problem: Problem, document: TomlDocument, base: tuple[str | int, ...] = ()) -> Problem:
+    """A problem that names an option, with the place of that option in the file."""
+    key = (*base, *(key_of(problem.path) if problem.path else ()))
+    return document.problem(key, problem.message, rule=problem.rule)
+
+
+def _device(recipe: Recipe, document: TomlDocument) -> Device:
+    try:
+        return device(recipe.target.device)
+    except RecipeError as error:
+        raise RecipeError([_placed(problem, document) for problem in error.problems]) from error
+
+
+def bundle_facts(origin: Origin, recipe: Recipe) -> Facts:
+    """What the model file says about itself: the source's own words, and that it derives from the source."""
+    from dataclasses import replace
+
+    from llmpack import __version__
+
+    source = origin.facts
+    base: dict[str, str] = {"name": source.name}
+    for key, value in (("organization", source.organization), ("version", source.version)):
+        base |= {key: value} if value else {}
+    address = source.repo_url or source.source_repo_url
+    if origin.located.ref.kind == "hf":
+        address = f"https://huggingface.co/{origin.located.ref.repository}"
+    base |= {"repo_url": address} if address else {}
+    return replace(
+        source, quantized_by=f"llmpack {__version__}", base_models=(base,) if recipe.step else source.base_models
+    )
+
+
+def _states(
+    recipe: Recipe,
+    graphs: list[ModelGraph],
+    origin: Origin,
+    calibration: Text | None,
+    cache: Cache,
+    threads: int,
+) -> tuple[PlannedStep, ...]:
+    """Which steps are finished already. Each key needs the output of the step before, so the chain is followed
+    as far as it is cached."""
+    source = origin.known_digest(cache)
+    corpus = calibration.known_digest(cache) if calibration else None
+    current = source
+    planned = []
+    for step, graph in zip(recipe.step, graphs, strict=True):
+        state: State = "to do"
+        key = None
+        if current is not None and source is not None and (corpus is not None or not step.needs_corpus):
+            facts = step_facts(
+                step, source=current, origin=source, corpus=corpus, seed=seed_of(recipe), graph=graph, threads=threads
+            )
+            key = cache.key(STEP, facts)
+            entry = cache.find(STEP, facts)
+            if entry is not None:
+                state = "cached"
+            elif cache.unfinished(STEP, facts):
+                state = "unfinished"
+            current = str(entry.result["digest"]) if entry is not None else None
+        else:
+            current = None
+        planned.append(PlannedStep(step, graph, state, key))
+    return tuple(planned)
+
+
+def seed_of(recipe: Recipe) -> int:
+    """The seed of everything that is drawn by chance."""
+    return recipe.calibration.seed if recipe.calibration else 0
+
+
+def _disk_needs(
+    recipe: Recipe, steps: tuple[PlannedStep, ...], origin: Origin, nbytes: int, cache: Cache, out: Path
+) -> tuple[DiskNeed, ...]:
+    """Free bytes wanted, by file system: checkpoints of steps and spilled activations, the bundle."""
+    hidden = next(spec.shape[1] for spec in origin.graph.outside if spec.part == "embedding")
+    spilled = 2 * 4 * hidden * (recipe.calibration.tokens if recipe.calibration else 0)
+    to_do = [planned for planned in steps if planned.state != "cached"]
+    work = sum(planned.graph.nbytes for planned in to_do) + (spilled if to_do else 0)
+    if recipe.evaluation is not None:
+        work += 4 * hidden * recipe.evaluation.tokens
+    wanted: dict[int, DiskNeed] = {}
+    for folder, needed, what in ((cache.root, work, "finished steps"), (out, nbytes + SMALL_FILES, "the bundle")):
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        system = existing.stat().st_dev
+        before = wanted.get(system)
+        total = needed + (before.needed if before else 0)
+        words = f"{before.what} and {what}" if before else what
+        wanted[system] = DiskNeed(existing, total, shutil.disk_usage(existing).free, words)
+    return tuple(wanted.values())
+
+
+def require_disk(plan: Plan) -> None:
+    """Raises EnvironmentProblem if a file system has too little room for what will be written to it."""
+    for need in plan.disk_needs:
+        asked = int(need.needed * DISK_MARGIN) + DISK_RESERVE
+        if need.free < asked:
+            raise EnvironmentProblem(
+                f"{need.folder}: {format_size(asked)} are needed for {need.what}, {format_size(need.free)} are free; "
+                "free some space, or choose other folders with --cache and --out"
+            )
+
+
+def is_host(recipe: Recipe) -> bool:
+    """Whether the bundle is for this machine."""
+    return recipe.target.device == HOST
+
+
+def totals(graph: ModelGraph) -> Mapping[str, tuple[int, int]]:
+    """Tensors and bytes by encoding."""
+    found: dict[str, tuple[int, int]] = {}
+    for spec in graph.tensors:
+        count, nbytes = found.get(spec.encoding, (0, 0))
+        found[spec.encoding] = (count + 1, nbytes + spec.nbytes)
+    return found

@@ -1,0 +1,126 @@
+"""Build: everything that is known while a bundle is made. Each stage returns it with more of it filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpack.pipeline.cache import Cache
+from llmpack.progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from llmpack.checkpoint.checkpoint import Checkpoint
+    from llmpack.formats.bundle import Bundle
+    from llmpack.formats.readback import ReadBack
+    from llmpack.pipeline.corpora import Text
+    from llmpack.pipeline.origin import Origin
+    from llmpack.pipeline.plan import Plan
+    from llmpack.pipeline.recipe import Recipe
+    from llmpack.pipeline.toml_positions import TomlDocument
+    from llmpack.target.budget import Verdict
+
+
+class _Later:
+    """Stands in a field until the stage that fills it has run."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a stage asked for .{name} of a field that no earlier stage has filled")
+
+
+LATER: Any = _Later()
+"""Default of a field that a stage fills."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the user asked for.
+
+    recipe     the TOML file
+    out        folder in which the bundle's folder is to appear
+    overrides  ``path=value`` changes of the recipe
+    offline    touch no network
+    """
+
+    recipe: Path
+    out: Path
+    cache: Cache
+    overrides: tuple[str, ...] = ()
+    offline: bool = False
+    progress: Progress = QUIET
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step as it was done.
+
+    key     of its cache entry
+    facts   what the key was computed from
+    output  digest of the checkpoint that it wrote
+    cached  whether it was done by an earlier build
+    """
+
+    use: str
+    key: str
+    facts: Mapping[str, Any]
+    output: str
+    cached: bool
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The model file, written."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """A bundle in the making: the order, and what each stage added.
+
+    stage      fields
+    read       recipe, document
+    open       origin, calibration, evaluation
+    plan       plan
+    run        source (digest), corpora (digests), checkpoint, steps
+    write      workspace, artifact
+    read_back  checked
+    measure    findings, evidence
+    judge      verdict
+    record     bundle
+    """
+
+    order: Order
+    recipe: Recipe = LATER
+    document: TomlDocument = LATER
+    origin: Origin = LATER
+    calibration: Text | None = None
+    evaluation: Text | None = None
+    plan: Plan = LATER
+    source: str = ""
+    corpora: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Checkpoint = LATER
+    steps: tuple[StepRecord, ...] = ()
+    workspace: Path = LATER
+    artifact: Artifact = LATER
+    checked: ReadBack = LATER
+    verdict: Verdict = LATER
+    bundle: Bundle = LATER
+
+    @property
+    def progress(self) -> Progress:
+        """Where the stages tell how far they are."""
+        return self.order.progress
+
+    @property
+    def cache(self) -> Cache:
+        """Finished work."""
+        return self.order.cache
+
+    @property
+    def final(self) -> Path:
+        """The bundle's folder, once it is published."""
+        return self.order.out / self.recipe.name
