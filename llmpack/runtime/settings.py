@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class RuntimeSettings(BaseModel):
     """The ``[runtime]`` table of a recipe, in llama.cpp's terms."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     kv: Literal["f16", "q8_0", "q4_0"] = "f16"
     """Type of the KV cache, keys and values alike."""

@@ -43,7 +43,7 @@ class Step(BaseModel):
     version  raised when equal options would give other tensors
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     version: ClassVar[int] = 1
 
