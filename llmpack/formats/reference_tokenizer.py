@@ -35,6 +35,9 @@ else:
     sentencepiece = LazyModule("sentencepiece")
 
 
+_NO_DUMMY_PREFIX = bytes((3 << 3 | 2, 2, 3 << 3, 0))  # normalizer_spec { add_dummy_prefix: false }
+
+
 class TemplateRefusedError(LlmpackError):
     """A chat template does not take a conversation, such as one with a system message."""
 
@@ -56,7 +59,9 @@ class ReferenceTokenizer:
         self._opening = [bos.data] if bos is not None and (flag is None or flag.data) else []
         self._stretch: Callable[[str], Sequence[int]] | None = None
         if keys["tokenizer.ggml.model"].data == "llama":
-            self._stretch = _stretch_encoder(TokenizerFiles.read(checkpoint.folder, checkpoint.tokenizer_files))
+            files = TokenizerFiles.read(checkpoint.folder, checkpoint.tokenizer_files)
+            prefix = keys.get("tokenizer.ggml.add_space_prefix")
+            self._stretch = _stretch_encoder(files, prefix is None or prefix.data)
 
     @property
     def by_stretches(self) -> bool:
@@ -101,16 +106,21 @@ class ReferenceTokenizer:
             raise TemplateRefusedError(f"{type(refusal).__name__}: {refusal}") from refusal
 
 
-def _stretch_encoder(files: TokenizerFiles) -> Callable[[str], Sequence[int]]:
-    """Ids of a text without special tokens, by SentencePiece's rules: a space before it, spaces as ``▁``."""
+def _stretch_encoder(files: TokenizerFiles, prefix: bool) -> Callable[[str], Sequence[int]]:
+    """Ids of a text without special tokens, by SentencePiece's rules: spaces as ``▁``, one before it with `prefix`."""
     if files.sentencepiece is not None:
-        model = sentencepiece.SentencePieceProcessor(model_proto=files.sentencepiece)
+        # Messages that follow each other are one message: the setting in the file is overruled, not edited.
+        proto = files.sentencepiece + (b"" if prefix else _NO_DUMMY_PREFIX)
+        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         return lambda text: list(model.encode(text))
-    spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     bare = {
         **(files.tokenizer or {}),
         "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": spaces},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, escape] if prefix else [escape],
+        },
         "pre_tokenizer": None,
         "post_processor": None,
         "truncation": None,
