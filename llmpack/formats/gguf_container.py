@@ -164,7 +164,7 @@ def value_of(value: Any) -> Value:
         return uint32(value)
     if isinstance(value, float):
         return float32(value)
-    if isinstance(value, Sequence) and len(value):
+    if isinstance(value, Sequence) and not isinstance(value, bytes) and len(value):
         kinds = {type(item) for item in value}
         element = {bool: ValueType.BOOL, str: ValueType.STRING, int: ValueType.INT32, float: ValueType.FLOAT32}
         if len(kinds) == 1 and (kind := kinds.pop()) in element:
