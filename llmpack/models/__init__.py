@@ -25,6 +25,9 @@ FAMILIES: Table[type[Family]] = Table(
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """A buffer that old Llama checkpoints store; it follows from the config."""
 
+HINTS = 8
+"""How many tensors that are not part of a model get a suggestion; each is compared with every name."""
+
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family that ``architectures`` in a config.json names.
@@ -57,14 +60,11 @@ def open_model(checkpoint: Checkpoint) -> ModelGraph:
         elif tuple(stored[spec.name].shape) != spec.shape:
             text = f"tensor `{spec.name}` is {list(stored[spec.name].shape)}; config.json implies {list(spec.shape)}"
             problems.append(Problem(text, rule="weights-misshaped"))
-    problems += [
-        Problem(
-            f"tensor `{name}` is not part of {family.name} with this config{_near(name, graph)}",
-            rule="weights-incomplete",
-        )
-        for name in stored
-        if name not in graph and not _follows(name, graph)
-    ]
+    extra = [name for name in stored if name not in graph and not _follows(name, graph)]
+    for number, name in enumerate(extra):
+        hint = _near(name, graph) if number < HINTS else ""
+        text = f"tensor `{name}` is not part of {family.name} with this config{hint}"
+        problems.append(Problem(text, rule="weights-incomplete"))
     if problems:
         raise InputRejected(problems)
     return family.graph(checkpoint.config, {spec.name: stored[spec.name].encoding for spec in graph.tensors})
