@@ -105,6 +105,6 @@ def _values(text: str) -> list[str]:
 
 def _scalar(text: str) -> str:
     plain = text.strip()
-    if len(plain) >= 2 and plain[0] == plain[-1] and plain[0] in "'\"":
-        return plain[1:-1]
+    if plain[:1] in ("'", '"') and (end := plain.find(plain[0], 1)) > 0:
+        return plain[1:end]
     return plain.split(" #", 1)[0].strip()
