@@ -152,7 +152,7 @@ def _added_pairs(added: list[Any]) -> Iterator[tuple[str, int]]:
 def _read_vocabulary(path: Path) -> tuple[Any, list[Any]]:
     """`model.vocab` (table or list) and `added_tokens`. Raises ValueError for anything else."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        places, _ = _members(data, _skip_space(data, 0), entered="model")
+        places, _ = json_members(data, 0, entered="model")
         if hasattr(mmap, "MADV_DONTNEED"):
             data.madvise(mmap.MADV_DONTNEED)  # the merges were stepped over and are not needed again
         if "model" not in places:
@@ -169,11 +169,12 @@ def _read_vocabulary(path: Path) -> tuple[Any, list[Any]]:
     return vocab, added
 
 
-def _members(data: mmap.mmap, position: int, entered: str = "") -> tuple[dict[str, tuple[int, int]], int]:
+def json_members(data: mmap.mmap, position: int, entered: str = "") -> tuple[dict[str, tuple[int, int]], int]:
     """Where each value of the JSON object at `position` lies, undecoded, and the first byte after the object.
 
-    The members of the key `entered` are listed too, as ``entered.key``.
+    The members of the key `entered` are listed too, as ``entered.key``. Raises ValueError for what is no object.
     """
+    position = _skip_space(data, position)
     _expect(data, position, b"{")
     position = _skip_space(data, position + 1)
     found: dict[str, tuple[int, int]] = {}
@@ -191,7 +192,7 @@ def _members(data: mmap.mmap, position: int, entered: str = "") -> tuple[dict[st
         _expect(data, position, b":")
         begin = _skip_space(data, position + 1)
         if key == entered:
-            inner, end = _members(data, begin)
+            inner, end = json_members(data, begin)
             found |= {f"{entered}.{name}": place for name, place in inner.items()}
         else:
             end = _value_end(data, begin)
