@@ -106,28 +106,23 @@ def decode_rows(gguf: GgufFile, spec: TensorSpec, order: np.ndarray | None, dtyp
 
     Raises InputRejected for finite numbers that `dtype` cannot hold.
     """
-    packed = gguf.packed(str(spec.gguf_name))
-    how = encoding(gguf.tensors[str(spec.gguf_name)].encoding)
-    matrix = len(spec.shape) > 1
-    columns = spec.shape[-1]
-    out = torch.empty(spec.shape if matrix else (1, columns), dtype=dtype)
+    name, columns = str(spec.gguf_name), spec.shape[-1]
+    packed, how = gguf.packed(name), encoding(gguf.tensors[name].encoding)
+    decoded = torch.empty((len(packed), columns), dtype=dtype)
     step = max(1, CHUNK // columns)
     for start in range(0, len(packed), step):
         values = how.decode(packed[start : start + step], columns)
-        narrow = values.to(dtype)
-        if not bool((torch.isfinite(narrow) == torch.isfinite(values)).all()):
-            text = f"tensor `{spec.gguf_name}` has numbers that {dtype} cannot hold; import it as f32 or bf16"
+        rows = decoded[start : start + step]
+        rows.copy_(values)
+        if dtype != torch.float32 and not bool((torch.isfinite(rows) == torch.isfinite(values)).all()):
+            text = f"tensor `{name}` has numbers that {dtype} cannot hold; import it as f32 or bf16"
             raise InputRejected([Problem(text, where=str(gguf.path), rule="non-finite")])
-        rows = torch.arange(start, start + len(values))
-        out[torch.from_numpy(order)[rows] if matrix and order is not None else rows] = narrow
-    gguf.release([str(spec.gguf_name)])
-    if matrix:
-        return out
-    vector = out.reshape(columns)
+    gguf.release([name])
+    decoded = decoded.reshape(spec.shape)
     if order is None:
-        return vector
-    ordered = torch.empty_like(vector)
-    ordered[torch.from_numpy(order)] = vector
+        return decoded
+    ordered = torch.empty_like(decoded)
+    ordered[torch.from_numpy(order)] = decoded
     return ordered
 
 
