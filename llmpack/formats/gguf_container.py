@@ -10,7 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -99,8 +99,21 @@ class Value:
             raise ValueError("an array of GGUF metadata holds scalars or strings")
         head += struct.pack("<IQ", self.element, len(self.data))
         if self.element is ValueType.STRING:
-            return head + b"".join(map(_packed_text, self.data))
+            packed = bytearray(head)
+            for text in self.data:
+                packed += _packed_text(text)
+            return bytes(packed)
         return head + struct.pack(f"<{len(self.data)}{_SCALARS[self.element]}", *self.data)
+
+    @property
+    def nbytes(self) -> int:
+        """Length of `pack`, without packing long arrays."""
+        if self.type is not ValueType.ARRAY or self.element is None or self.element is ValueType.ARRAY:
+            return len(self.pack())
+        head = struct.calcsize("<IIQ")
+        if self.element is ValueType.STRING:
+            return head + sum(8 + len(text.encode() if isinstance(text, str) else text) for text in self.data)
+        return head + len(self.data) * struct.calcsize("<" + _SCALARS[self.element])
 
 
 def uint32(number: int) -> Value:
@@ -204,20 +217,22 @@ class Container:
         parts = [MAGIC, struct.pack("<IQQ", VERSION, len(self.tensors), len(self.metadata))]
         for key, value in self.metadata.items():
             parts += (_packed_text(key), value.pack())
-        for tensor, offset in zip(self.tensors, self._relative_offsets(), strict=True):
-            dims = tensor.shape[::-1]
-            parts.append(_packed_text(tensor.name))
-            parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.ggml_type, offset))
-        raw = b"".join(parts)
+        raw = b"".join((*parts, *self._lines()))
         return raw + bytes(padded(len(raw)) - len(raw))
 
-    def _relative_offsets(self) -> Iterable[int]:
+    def _lines(self) -> Iterator[bytes]:
+        """The lines of the tensor table."""
         offset = 0
         for tensor in self.tensors:
-            yield offset
+            dims = tensor.shape[::-1]
+            line = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.ggml_type, offset)
+            yield _packed_text(tensor.name) + line
             offset += padded(tensor.nbytes)
 
     @property
     def nbytes(self) -> int:
         """Exact size of the file."""
-        return len(self.header) + sum(padded(tensor.nbytes) for tensor in self.tensors)
+        head = struct.calcsize("<4sIQQ")
+        keys = sum(len(_packed_text(key)) + value.nbytes for key, value in self.metadata.items())
+        lines = sum(len(line) for line in self._lines())
+        return padded(head + keys + lines) + sum(padded(tensor.nbytes) for tensor in self.tensors)

@@ -63,16 +63,14 @@ def special_keys(files: TokenizerFiles, config: Mapping[str, Any], tokens: int, 
 
 def merge_texts(files: TokenizerFiles) -> list[str]:
     """Every merge as ``left right``, from tokenizer.json or, where it has none, merges.txt."""
-    merges = ((files.tokenizer or {}).get("model") or {}).get("merges")
-    if isinstance(merges, list) and merges:
-        if all(isinstance(merge, str) for merge in merges):
-            return merges
-        texts = []
-        for merge in merges:
-            if not (isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)):
-                raise files.reject("tokenizer.json", f"a merge is a pair of texts, not {str(merge)[:60]!r}")
-            left, right = (part.replace(" ", _SPACE_IN_MERGE) for part in merge)
-            texts.append(f"{left} {right}")
+    texts: list[str] = []
+    for batch in files.merge_batches():
+        try:
+            joined = [" ".join(merge) if type(merge) is list else _merge_text(files, merge) for merge in batch]
+        except TypeError:
+            joined = [_merge_text(files, merge) for merge in batch]
+        texts += [t if t.count(" ") == 1 else _merge_text(files, m) for t, m in zip(joined, batch, strict=True)]
+    if texts:
         return texts
     if files.merges_text is None:
         raise files.reject("tokenizer.json", "this BPE vocabulary has no merges, here or in merges.txt")
@@ -83,6 +81,14 @@ def merge_texts(files: TokenizerFiles) -> list[str]:
     if odd or not pairs:
         raise files.reject("merges.txt", f"{len(odd) or 'no'} lines are merges of two parts (first: {odd[:1]})")
     return [" ".join(pair) for pair in pairs]
+
+
+def _merge_text(files: TokenizerFiles, merge: Any) -> str:
+    if isinstance(merge, str):
+        return merge
+    if not (isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)):
+        raise files.reject("tokenizer.json", f"a merge is a pair of texts, not {str(merge)[:60]!r}")
+    return " ".join(part.replace(" ", _SPACE_IN_MERGE) for part in merge)
 
 
 class _Roles:

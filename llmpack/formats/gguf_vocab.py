@@ -17,12 +17,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
-
 from llmpack.errors import InputRejected, Problem
+from llmpack.formats.added_tokens import added_tokens
 from llmpack.formats.gguf_container import Value, boolean, float32s, int32s, string, strings, uint32
-from llmpack.formats.gguf_pretokenizer import pre_tokenizer
-from llmpack.formats.gguf_special import FLAG_KEYS, ROLES, special_keys
+from llmpack.formats.gguf_pretokenizer import pre_tokenizer, probe_tokenizer
+from llmpack.formats.gguf_special import FLAG_KEYS, merge_texts, special_keys
 from llmpack.formats.sentencepiece_model import ModelKind, PieceType, SentencePieceModel
 from llmpack.formats.tokenizer_files import TokenizerFiles
 
@@ -57,7 +56,7 @@ def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Va
             keys |= special_keys(files, config, size, merges=False)
         else:
             special = special_keys(files, config, size, merges=True)
-            keys |= _byte_level(files, size, special.get("tokenizer.ggml.bos_token_id"))
+            keys |= _byte_level(files, model, size, special)
             keys |= special
     if size == CODE_LLAMA_SIZE:
         infill = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
@@ -69,15 +68,15 @@ def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Va
 
 
 class _Slots:
-    """One slot per row of the embedding, padded until a token takes it."""
+    """One slot per row of the embedding; those that no token takes are padded."""
 
     def __init__(self, files: TokenizerFiles, size: int) -> None:
         self.files = files
-        self.tokens = [f"[PAD{i}]" for i in range(size)]
+        self.tokens: list[str | None] = [None] * size
         self.scores = [PAD_SCORE] * size
-        self.types = [PieceType.UNUSED] * size
+        self.types = [int(PieceType.UNUSED)] * size
 
-    def put(self, index: int, token: str, kind: PieceType, score: float = UNKNOWN_SCORE) -> None:
+    def put(self, index: int, token: str, kind: int, score: float = UNKNOWN_SCORE) -> None:
         if not 0 <= index < len(self.tokens):
             message = f"token {token!r} has the id {index}, and the embedding has {len(self.tokens)} rows"
             raise self.files.reject("tokenizer.json", message)
@@ -91,11 +90,12 @@ class _Slots:
             self.put(index, token.replace("▁", " "), PieceType.USER_DEFINED)
 
     def keys(self, head: Mapping[str, Value], *, scores: bool) -> dict[str, Value]:
-        twice = [token for token, count in Counter(self.tokens).items() if count > 1]
-        if twice:
+        tokens = [f"[PAD{i}]" if token is None else token for i, token in enumerate(self.tokens)]
+        if len(set(tokens)) < len(tokens):
+            twice = [token for token, count in Counter(tokens).items() if count > 1]
             message = f"{len(twice)} tokens occur under several ids, which llama.cpp does not load: {twice[:5]}"
             raise self.files.reject("tokenizer.json", message)
-        found = {**head, _TOKENS: strings(self.tokens)}
+        found = {**head, _TOKENS: strings(tokens)}
         if scores:
             found[_SCORES] = float32s(self.scores)
         return found | {_TYPES: int32s([int(kind) for kind in self.types])}
@@ -141,75 +141,33 @@ def _byte_fallback(files: TokenizerFiles, model: Mapping[str, Any], size: int) -
     llama.cpp merges from left to right and finds other tokens.
     """
     scores: dict[str, float] = {}
-    for rank, merge in enumerate(model.get("merges") or ()):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        scores.setdefault(left + right, -float(rank))
+    for rank, text in enumerate(merge_texts(files)):
+        scores.setdefault(text.replace(" ", "", 1), -float(rank))
     slots = _Slots(files, size)
     unknown = model.get("unk_token")
     for token, index in model["vocab"].items():
         kind = PieceType.BYTE if _BYTE.fullmatch(token) else PieceType.NORMAL
         slots.put(index, token, PieceType.UNKNOWN if token == unknown else kind, scores.get(token, UNKNOWN_SCORE))
-    for index, token in load_tokenizer(files).get_added_tokens_decoder().items():
-        if token.content != unknown:
-            slots.put_added(index, token.content, token.special)
+    for added in added_tokens(files).values():
+        if added.content != unknown:
+            slots.put_added(added.id, added.content, added.special)
     return slots.keys({"tokenizer.ggml.model": string("llama"), "tokenizer.ggml.pre": string("default")}, scores=True)
 
 
-def _byte_level(files: TokenizerFiles, size: int, bos: Value | None) -> dict[str, Value]:
-    tokenizer = load_tokenizer(files)
+def _byte_level(
+    files: TokenizerFiles, model: Mapping[str, Any], size: int, special: Mapping[str, Value]
+) -> dict[str, Value]:
     slots = _Slots(files, size)
-    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
+    for token, index in model["vocab"].items():
         slots.put(index, token, PieceType.NORMAL)
-    for index, added in tokenizer.get_added_tokens_decoder().items():
-        token = added.content
-        if not added.normalized:
+    added = added_tokens(files)
+    tokenizer = probe_tokenizer(files, added, special["tokenizer.ggml.merges"].data)
+    for token in added.values():
+        text = token.content
+        if not token.is_normalized:
             # llama.cpp matches these before normalizing, so it needs what comes out of encoding and decoding.
-            token = tokenizer.decode(tokenizer.encode(token, add_special_tokens=False).ids, skip_special_tokens=False)
-        slots.put_added(index, token, added.special)
-    where = str(files.folder / "tokenizer.json")
-    name = pre_tokenizer(tokenizer, None if bos is None else bos.data, where)
+            text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
+        slots.put_added(token.id, text, token.special)
+    bos = special.get("tokenizer.ggml.bos_token_id")
+    name = pre_tokenizer(tokenizer, None if bos is None else bos.data, str(files.folder / "tokenizer.json"))
     return slots.keys({"tokenizer.ggml.model": string("gpt2"), "tokenizer.ggml.pre": string(name)}, scores=False)
-
-
-def load_tokenizer(files: TokenizerFiles) -> Tokenizer:
-    """The tokenizer of tokenizer.json, with the tokens that only tokenizer_config.json adds, as transformers adds them.
-
-    Raises InputRejected (rule ``tokenizer``) for a file that the tokenizers library does not read, and
-    for an added token whose stated id is not the one that it gets.
-    """
-    path = files.folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as fault:
-        if type(fault) is not Exception:  # the Rust side raises exactly this class, never a narrower one
-            raise
-        raise files.reject("tokenizer.json", f"the tokenizers library does not read it: {fault}") from fault
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    config = files.config or {}
-    known = {str(token): token for token in tokenizer.get_added_tokens_decoder().values()}
-    for number, entry in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        token = _added_token(entry)
-        if repr(known.get(token.content)) != repr(token):
-            tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(token.content) != int(number):
-            message = f"{token.content!r} has the id {number} here and {tokenizer.token_to_id(token.content)} there"
-            raise files.reject("tokenizer_config.json", f"contradicts tokenizer.json: {message}")
-    named = [config.get(f"{role}_token") for role in ROLES]
-    for extra in ("additional_special_tokens", "extra_special_tokens"):
-        listed = config.get(extra) or ()
-        named += listed.values() if isinstance(listed, dict) else listed
-    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for entry in named:
-        token = _added_token({"content": entry} if isinstance(entry, str) else entry or {})
-        if token.content and token.content not in present:
-            token.special = True
-            tokenizer.add_tokens([token])
-            present.add(token.content)
-    return tokenizer
-
-
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    flags = {name: bool(entry[name]) for name in names if name in entry}
-    return AddedToken(str(entry.get("content") or ""), **flags)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -114,8 +115,10 @@ def _stretch_encoder(files: TokenizerFiles, prefix: bool) -> Callable[[str], Seq
         model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         return lambda text: list(model.encode(text))
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    whole = dict(files.tokenizer or {})
     bare = {
-        **(files.tokenizer or {}),
+        **whole,
+        "model": {**whole["model"], "merges": list(chain.from_iterable(files.merge_batches()))},
         "added_tokens": [],
         "normalizer": {
             "type": "Sequence",

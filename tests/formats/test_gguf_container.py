@@ -76,6 +76,8 @@ def test_packed_lengths_are_those_of_utf8(text, texts, number):
     assert packed[:16] == struct.pack("<IIQ", 9, 8, len(texts))
     assert len(packed) == 16 + sum(8 + len(t.encode()) for t in texts)
     assert uint32(number).pack() == struct.pack("<II", 4, number)
+    for value in (string(text), strings(texts), uint32(number), int32s([1, 2]), float32s([]), KEYS["x.flags"]):
+        assert value.nbytes == len(value.pack())
 
 
 @pytest.mark.parametrize("value", [uint32(-1), uint32(2**32), int32(2**31), Value(ValueType.UINT8, 256)])

@@ -7,11 +7,13 @@ import re
 
 import pytest
 from gguf_oracle import llama_cpp
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from llmpack.errors import InputRejected
-from llmpack.formats.gguf_pretokenizer import PRE_TOKENIZERS, PROBE, fingerprint, pre_tokenizer
-from llmpack.formats.gguf_vocab import load_tokenizer, vocabulary
+from llmpack.formats.added_tokens import added_tokens
+from llmpack.formats.gguf_pretokenizer import PRE_TOKENIZERS, PROBE, fingerprint, pre_tokenizer, probe_tokenizer
+from llmpack.formats.gguf_special import merge_texts
+from llmpack.formats.gguf_vocab import vocabulary
 from llmpack.formats.tokenizer_files import TokenizerFiles
 
 CONFIG = {"vocab_size": 608}
@@ -55,7 +57,7 @@ def test_an_unknown_pre_tokenizer_is_refused_with_its_hash(tmp_path, tiny_llama)
     contents = {name: (tiny_llama / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
     read = files(tmp_path, contents)
     problem = rejected(vocabulary, read, {"vocab_size": 512})
-    digest = fingerprint(load_tokenizer(read).encode(PROBE).ids)
+    digest = fingerprint(Tokenizer.from_buffer(contents["tokenizer.json"]).encode(PROBE).ids)
     assert (problem.rule, problem.where) == ("pre-tokenizer", str(tmp_path / "tokenizer.json"))
     assert digest in problem.message
 
@@ -64,6 +66,58 @@ def test_a_regular_expression_without_end_is_refused():
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?:(\S+|\s+)*)*(?<=[MN])\z"), "isolated")
     assert rejected(pre_tokenizer, tokenizer, None, "x").rule == "tokenizer-timeout"
+
+
+SPLITS = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "with a space before": [pre_tokenizers.ByteLevel(add_prefix_space=True)],
+    "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama 3": [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.Sequence([normalizers.NFKC()])])
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_part_of_a_vocabulary_that_is_probed_encodes_as_the_whole(tmp_path, split, ignore_merges, normalizer):
+    import pydoc_data.topics
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[split])
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=alphabet, special_tokens=["<unk>", "<s>"], show_progress=False
+    )
+    texts = [PROBE[i : i + 90] for i in range(0, len(PROBE), 40)]  # so that many long tokens occur in the test text
+    tokenizer.train_from_iterator([*texts, *texts, *list(pydoc_data.topics.topics.values())[:10]], trainer)
+    tokenizer.add_tokens(["    ", "apple", " é ", "\t\t"])
+    tokenizer.add_special_tokens(["'D", "Ġx"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.enable_truncation(3)
+    read = files(tmp_path, {"tokenizer.json": tokenizer.to_str().encode()})
+    part = probe_tokenizer(read, added_tokens(read), merge_texts(read))
+    tokenizer.no_truncation()
+    assert part.get_vocab_size() < tokenizer.get_vocab_size()
+    assert part.encode(PROBE).ids == tokenizer.encode(PROBE).ids
+    assert {t.content: t.id for t in added_tokens(read).values()} == {
+        t.content: i for i, t in tokenizer.get_added_tokens_decoder().items()
+    }
+    for text in ("    ", " é ", "'D", "Ġx"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert part.encode(text, add_special_tokens=False).ids == ids
+        assert part.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def test_every_row_of_the_embedding_has_a_token(tmp_path, smollm_files):
@@ -99,7 +153,9 @@ def test_added_tokens_of_the_config_count_as_in_transformers(tmp_path, smollm_fi
     assert theirs.convert_tokens_to_ids(["<tool>", "<|more|>"]) == [49152, 49153]
     settings["added_tokens_decoder"] = {"49155": {"content": "<tool>", **flags, "special": False}}
     problem = rejected(vocabulary, files(tmp_path, {"tokenizer_config.json": settings}), {"vocab_size": 49160})
-    assert "contradicts tokenizer.json: '<tool>' has the id 49155 here and 49152 there" in problem.message
+    assert problem.where.endswith("tokenizer_config.json")
+    assert problem.message.startswith("'<tool>' has the id 49155 here; ")
+    assert problem.message.endswith(" give it 49152")
 
 
 def test_two_tokens_of_one_text_are_refused(tmp_path, spm_files):
@@ -114,16 +170,19 @@ def test_two_tokens_of_one_text_are_refused(tmp_path, spm_files):
     ("contents", "rule", "message"),
     [
         ({}, "tokenizer", "neither tokenizer.model nor tokenizer.json"),
+        ({"tokenizer.json": b""}, "tokenizer", "an empty file"),
         ({"tokenizer.json": b"{"}, "tokenizer", "not JSON"),
-        ({"tokenizer.json": b"[]"}, "tokenizer", "no JSON object"),
+        ({"tokenizer.json": b"[]"}, "tokenizer", "not JSON"),
+        ({"tokenizer.json": b'{"model": {"merges": {}}}'}, "tokenizer", "`merges` is no list"),
+        ({"tokenizer_config.json": b"[]"}, "tokenizer", "no JSON object"),
         ({"tokenizer.json": {"model": {"type": "Unigram", "vocab": []}}}, "tokenizer-kind", "type 'Unigram'"),
         (
             {"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}},
             "tokenizer",
-            "does not read it",
+            "1 merges make what is no token",
         ),
         ({"tokenizer.model": b"\x80\x04pickle"}, "tokenizer", "not a SentencePiece model"),
-        ({"merges.txt": b"\xff", "tokenizer_config.json": b"{"}, "tokenizer", "not UTF-8|not JSON"),
+        ({"merges.txt": b"\xff", "tokenizer_config.json": b"{"}, "tokenizer", "utf-8|EOF"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, contents, rule, message):
