@@ -135,11 +135,12 @@ def _value_problems(key: str, value: Any) -> Iterator[tuple[str, str]]:
     if key in _CODE_KEYS and value:
         yield "remote-code", "the repository asks to run its own Python code; llmpack never does that"
     elif _STEERING_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
-        yield "config-hub-ref", f"{str(value)[:80]!r} would steer the loader to other code; a config has no business to"
+        yield "config-hub-ref", f"{str(value)[:80]!r} would steer the loader to other code; use a checkpoint without it"
     elif isinstance(value, str) and key not in _ORIGIN_KEYS and _HUB_NAME.fullmatch(value):
         yield (
             "config-hub-ref",
-            f"{value[:80]!r} is the name of another repository; a config has no business to refer to one",
+            f"{value[:80]!r} is the name of another repository, which a config must not refer to; "
+            "delete the key if you trust the checkpoint without it",
         )
     if isinstance(value, float) and math.isnan(value):
         yield "config-range", "the value is not a number (NaN)"

@@ -140,7 +140,9 @@ def _without_index(folder: Path, names: list[str], present: list[str]) -> Iterat
         )
         yield Problem(text, where=str(folder), rule="pickle-weights")
     else:
-        yield Problem(f"no weights: neither {SINGLE} nor {INDEX}", where=str(folder), rule="not-weights")
+        ggufs = [n for n in names if n.endswith(".gguf")]
+        cure = f"; for {ggufs[0]} name the file itself as the source" if ggufs else ""
+        yield Problem(f"no weights: neither {SINGLE} nor {INDEX}{cure}", where=str(folder), rule="not-weights")
 
 
 def _read_index(folder: Path) -> tuple[dict[str, str] | None, list[Problem]]:

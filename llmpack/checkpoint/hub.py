@@ -8,6 +8,7 @@ fetched. The layout of the cache (``refs``, ``snapshots``, ``blobs``) is documen
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def _download(repository: str, revision: str, store: Path, home: Path, endpoint:
 
     # the base class of whatever HTTP library this version of huggingface_hub uses
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     where = f"hf:{repository}@{revision}"
     try:
@@ -144,6 +146,8 @@ def _download(repository: str, revision: str, store: Path, home: Path, endpoint:
         wanted = [name for name in names if is_wanted(name)]
         small = [name for name in wanted if not name.endswith(".safetensors")]
         store.mkdir(parents=True, exist_ok=True)
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         with disk_errors(store, 0, "what was fetched so far is kept in the cache"):
             for patterns in (small, wanted):
                 folder = Path(

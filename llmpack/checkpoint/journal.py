@@ -87,11 +87,16 @@ class Journal:
         write_atomic(self._path, _line({"format": FORMAT, "key": self.key}))
 
     def add(self, shard: FinishedShard) -> None:
-        """Append one line and make it durable."""
-        with self._path.open("ab") as file:
-            file.write(_line(vars(shard) | {"tensors": dict(shard.tensors), "note": dict(shard.note)}))
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one line and make it durable. Raises OSError; then the journal is as it was."""
+        before = self._path.stat().st_size
+        try:
+            with self._path.open("ab") as file:
+                file.write(_line(vars(shard) | {"tensors": dict(shard.tensors), "note": dict(shard.note)}))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self._path, before)
+            raise
 
 
 def _stands(folder: Path, shard: FinishedShard) -> bool:
@@ -111,5 +116,7 @@ def tensor_digests(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     values, _ = _values(path)
+    if not values or values[0].get("format") != FORMAT:
+        return {}
     shards = (FinishedShard(**value) for value in values[1:])
     return {name: digest for s in shards if _stands(folder, s) for name, digest in s.tensors.items()}

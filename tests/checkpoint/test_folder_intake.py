@@ -157,6 +157,8 @@ def test_pickles_beside_safetensors_are_left_alone(folder):
 def test_a_folder_without_weights_says_so(folder):
     (folder / "model.safetensors").unlink()
     assert rules(refused(folder)) == {"not-weights"}
+    (folder / "x.gguf").write_bytes(b"")
+    assert "x.gguf" in str(refused(folder).value)
 
 
 def test_a_broken_download_is_named(folder):

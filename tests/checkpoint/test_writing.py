@@ -308,6 +308,40 @@ def test_a_full_disk_says_what_is_missing_and_keeps_what_is_done(folder, tmp_pat
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["block-0.safetensors", NAME]
 
 
+JOURNAL_FULL = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from llmpack.checkpoint.checkpoint import Checkpoint, Packed
+from llmpack.checkpoint.writing import CheckpointWriter
+from llmpack.errors import EnvironmentProblem
+
+writer = CheckpointWriter(Path(sys.argv[2]), Checkpoint.open(Path(sys.argv[1])))
+tensor = Packed("u8", (8,), np.zeros((1, 8), np.uint8))
+writer.write("block-0", {"a": tensor})
+sync = os.fsync
+
+def full(descriptor):
+    if "journal" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        raise OSError(28, "No space left on device")
+    sync(descriptor)
+
+os.fsync = full
+try:
+    writer.write("block-1", {"b": tensor})
+except EnvironmentProblem:
+    os.fsync = sync
+    writer.write("block-2", {"c": tensor})
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_line_of_the_journal_that_did_not_fit_is_taken_back(folder, tmp_path):
+    subprocess.run([sys.executable, "-c", JOURNAL_FULL, str(folder), str(tmp_path / "out")], check=True)
+    writer = CheckpointWriter(tmp_path / "out", Checkpoint.open(folder))
+    assert [writer.finished(f"block-{i}") for i in range(3)] == [{}, None, {}]
+
+
 def test_a_disk_that_is_too_small_is_noticed_before_writing(folder, tmp_path):
     writer = CheckpointWriter(tmp_path / "out", Checkpoint.open(folder))
     huge = np.broadcast_to(np.zeros((1, 1), np.uint8), (1 << 30, 1 << 26))  # 64 PiB, no memory
