@@ -19,6 +19,11 @@ tensor. The differences, all meant, each with a test (tests/formats/test_convert
     BPE with byte fallback, without    one score for all pieces, no       scores by rank of merges, special tokens and
     tokenizer.model                    padding, special tokens normal     padding as for SentencePiece: otherwise
                                                                           llama.cpp finds other tokens or does not load
+    tokenizer.ggml.pre                 check hash of what the tokenizer   also found with and without the opening token,
+                                       adds by itself                     which re-saved tokenizers add or lose
+    additional_chat_templates/         become named templates             not read: the intake opens no sub-folders
+    scalars of a model card            by YAML's rules, "no" in a list    the text that was written, so that a version
+                                       mended                             1.0 is "1.0"
     special token ids, vocabulary      warns and goes on                  stops: ids out of range, a vocabulary larger
                                                                           than the embedding, unigram models, two
                                                                           different chat templates

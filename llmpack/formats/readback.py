@@ -175,7 +175,8 @@ def compare_conversations(
     """
     if not reference.has_template:
         return 0, [], ("the model has no chat template",)
-    problems, other_ids = [], 0
+    problems: list[Problem] = []
+    refused, other_ids = [], 0
     for messages in CONVERSATIONS:
         shown, rendered = _rendering(runtime, messages)
         try:
@@ -183,20 +184,24 @@ def compare_conversations(
         except TemplateRefusedError as refusal:
             expected = None
             shown = shown or f"transformers refuses it ({refusal})"
+        roles = ", ".join(message["role"] for message in messages)
         if rendered != expected:
-            roles = ", ".join(message["role"] for message in messages)
             message = f"a conversation ({roles}) is {rendered!r} to llama.cpp and {expected!r} to transformers. {shown}"
             problems.append(Problem(message, path="chat_template"))
-        elif rendered is not None and reference.by_stretches:
+        elif rendered is None:
+            refused.append(roles)
+            if messages is CONVERSATIONS[0]:
+                problems.append(Problem(f"the chat template does not take one question: {shown}", path="chat_template"))
+        elif reference.by_stretches:
             ids = runtime.tokenize(rendered, add_special=False, parse_special=True)
             other_ids += ids != reference.transformers_ids(rendered, add_special=False, parse_special=True)
-    notes: tuple[str, ...] = ()
+    notes = [f"the chat template refuses a conversation of {roles}" for roles in refused]
     if other_ids:
-        notes = (
+        notes.append(
             f"{other_ids} of {len(CONVERSATIONS)} rendered conversations have other token ids in transformers, which "
-            "sets spaces after special tokens differently; llama.cpp follows SentencePiece",
+            "sets spaces after special tokens differently; llama.cpp follows SentencePiece"
         )
-    return len(CONVERSATIONS), problems, notes
+    return len(CONVERSATIONS) - len(refused), problems, tuple(notes)
 
 
 def _rendering(runtime: LlamaRuntime, messages: Sequence[Mapping[str, str]]) -> tuple[str, str | None]:

@@ -196,8 +196,20 @@ def test_another_chat_template_is_found(smollm_file, smollm, tmp_path):
         compared, problems, _ = compare_conversations(runtime, reference)
         assert compared == len(problems) == len(CONVERSATIONS)
         assert "transformers refuses it (TemplateError: no system)" in problems[1].message
-    # a template that both refuse for a conversation is no difference
-    assert back(write(folder, tmp_path / "model.gguf"), folder).conversations == len(CONVERSATIONS)
+    # what both refuse is no difference, and worth a note
+    found = back(write(folder, tmp_path / "model.gguf"), folder)
+    assert found.conversations == len(CONVERSATIONS) - 1
+    assert found.notes == ("the chat template refuses a conversation of system, user",)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.nothing() }}"],
+)
+def test_a_template_that_takes_nothing_is_found(smollm, tmp_path, template):
+    folder = changed(smollm, tmp_path / "x", "tokenizer_config.json", lambda c: c.update(chat_template=template))
+    (message,) = failures(write(folder, tmp_path / "model.gguf"), folder)
+    assert message.startswith("the chat template does not take one question: llama.cpp refuses it")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from gguf_oracle import special_keys as oracle_keys
 
+from llmpack.checkpoint.tokenizer_intake import tokenizer_files
 from llmpack.errors import InputRejected
 from llmpack.formats.gguf_container import ValueType
 from llmpack.formats.gguf_special import merge_texts, special_keys
@@ -124,6 +125,19 @@ def test_template_files_count_where_the_config_has_none(tmp_path):
     assert special_keys(read(folder), {}, 8, merges=False)["tokenizer.chat_template"].data == "from json"
     (folder / "chat_template.jinja").write_text("from jinja")
     assert special_keys(read(folder), {}, 8, merges=False)["tokenizer.chat_template"].data == "from jinja"
+
+
+def test_templates_of_a_sub_folder_are_not_read(tmp_path):
+    folder = lay_out(tmp_path / "a", {}, NAMED, {})
+    (folder / "chat_template.jinja").write_text("D")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("R")
+    paths, problems = tokenizer_files(folder)
+    mine = special_keys(TokenizerFiles.read(folder, paths), {}, len(TOKENS), merges=False)
+    (theirs,) = oracle_keys([folder])
+    assert problems == []
+    assert theirs.keys() - mine.keys() == {"tokenizer.chat_template.rag", "tokenizer.chat_templates"}
+    assert mine["tokenizer.chat_template"].data == theirs["tokenizer.chat_template"][1] == "D"
 
 
 def test_two_equal_templates_are_one_and_two_different_ones_are_refused(tmp_path):
