@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 from gguf.utility import model_weight_count_rounded_notation
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpack.errors import InputRejected
@@ -46,6 +46,7 @@ def test_parts_of_known_names(count):
         assert mine(name, count) == theirs(name, count), name
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6).map("-".join), st.sampled_from(COUNTS), st.booleans())
 def test_parts_of_any_name(name, count, owned):
     if name:
@@ -53,11 +54,13 @@ def test_parts_of_any_name(name, count, owned):
         assert mine(full, count) == theirs(full, count)
 
 
+@settings(deadline=None)
 @given(st.text("abcABC019.- v", max_size=20))
 def test_titles(text):
     assert title(text) == gguf.Metadata.id_to_title(text)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**14))
 def test_size_labels(count):
     assert size_label(count) == model_weight_count_rounded_notation(count)

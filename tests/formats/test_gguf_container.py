@@ -7,7 +7,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpack.formats.gguf_container import (
@@ -69,6 +69,7 @@ def test_a_file_is_the_gguf_packages_file_byte_for_byte(tmp_path):
     assert container.nbytes == (tmp_path / "theirs.gguf").stat().st_size
 
 
+@settings(deadline=None)
 @given(st.text(max_size=50), st.lists(st.text(max_size=5), max_size=20), st.integers(0, 2**32 - 1))
 def test_packed_lengths_are_those_of_utf8(text, texts, number):
     assert string(text).pack() == struct.pack("<IQ", 8, len(text.encode())) + text.encode()

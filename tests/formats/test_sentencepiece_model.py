@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmpack.errors import InputRejected
@@ -39,6 +39,7 @@ def test_every_way_to_cut_a_model_off_is_noticed_or_is_a_shorter_model(sentencep
         assert model is None or model.pieces == whole[: len(model.pieces)]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_model_or_refused(data):
     parsed(data)
