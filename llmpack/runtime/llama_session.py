@@ -236,12 +236,12 @@ class Session:
                 written += count
                 tell({"done": written})
 
-    def timed_prefill(self, tokens: Sequence[int]) -> int:
+    def timed_prefill(self, tokens: Sequence[int], tell: Tell) -> int:
         """Nanoseconds to compute a prompt from an empty cache up to the logits of its last token."""
         self.clear()
         started = time.perf_counter_ns()
-        for _ in self.feed(tokens):
-            pass
+        for done in self.feed(tokens):
+            tell({"done": done})
         return time.perf_counter_ns() - started
 
     def timed_decode(self, tokens: Sequence[int]) -> list[int]:

@@ -109,7 +109,7 @@ class Worker:
 
     def prefill(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Time one prompt; it stays in the cache."""
-        return {"nanoseconds": self._opened().timed_prefill(arguments["tokens"])}
+        return {"nanoseconds": self._opened().timed_prefill(arguments["tokens"], tell)}
 
     def decode(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Time tokens one at a time after what is in the cache; they do not stay in it."""

@@ -1,0 +1,339 @@
+"""Measurement: a GGUF file run on this machine in a fresh child, at the full declared context.
+
+Protocol ``bench/1``: the file leaves the page cache; a fresh process loads it (cold load); one
+discarded run of the full shape warms it up; then prompts that fill the context but for the tokens
+that are written after them are computed from an empty cache, and after each of them tokens are
+written one at a time, so that every timing of writing has a full KV cache before it. At least five
+repetitions, all kept. Spread above `NOISY_CV` is measured again, up to three rounds; what stays
+noisy is kept, flagged, and is no evidence. Verdicts use the pessimistic side: p10 of rates, p90 of
+delays, peak of memory.
+
+Synthetic tokens, as in llama-bench: the time of a dense model does not depend on which tokens it reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llmpack.digest import sha256_file
+from llmpack.errors import RuntimeFailed
+from llmpack.process import Limits
+from llmpack.progress import QUIET, Progress
+from llmpack.runtime.llama import Build, LlamaRuntime, Opened
+from llmpack.runtime.meter import Memory, Watch
+from llmpack.runtime.settings import RuntimeSettings
+from llmpack.target.budget import Evidence, Finding, LimitName
+from llmpack.target.device import Device
+from llmpack.target.page_cache import drop_from_cache
+from llmpack.target.probe import load_average, probe_host
+from llmpack.target.samples import Samples
+from llmpack.units import format_size
+
+NOISY_CV = 0.10
+"""Spread (standard deviation over mean) above which a timing is no evidence."""
+COLD_SHARE = 0.01
+"""A start counts as cold if at most this share of the file was cached before."""
+WRITTEN_TOKENS = 32
+"""Tokens written after each prompt; a quarter of very short contexts."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long is measured.
+
+    repetitions    at least so many in a round
+    least_seconds  and at least so many seconds, so that short runs are repeated more often
+    most_seconds   no repetition beyond `repetitions` and no further round begins after so many
+    rounds         how often a noisy measurement is tried
+    """
+
+    repetitions: int = 5
+    least_seconds: float = 20.0
+    most_seconds: float = 900.0
+    rounds: int = 3
+
+
+STANDARD = Protocol()
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of repetitions.
+
+    prefill      seconds of each prompt
+    decode       seconds of each token, a tuple for each repetition
+    other_load   share of the machine's processor time that other processes took meanwhile
+    """
+
+    prefill: tuple[float, ...]
+    decode: tuple[tuple[float, ...], ...]
+    other_load: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was observed of one file on one machine under one set of settings.
+
+    artifact       sha256 of the file
+    device         the machine, as probed
+    build, opened  the runtime, and the modes that really held
+    context        tokens; `prompt` of them are read, `written` are written after them
+    cold           True if the file was not cached before the load, None if the system does not tell
+    cap            bytes of private memory that the process was held to, or None
+    load           seconds from a fresh process to a model that is ready
+    warm_up        seconds of the discarded first prompt; with `load`, a cold time to first token
+    memory         at the end; `peak` is the kernel's high-water mark of the whole run
+    highest        the highest sample of each part (anonymous memory, pages of files)
+    prefill        tokens per second of each repetition of the last round
+    decode         tokens per second of each repetition of the last round
+    first_token    seconds from the prompt to the first token, likewise
+    rounds         every sample of every round
+    load_averages  of the system, before and after
+    """
+
+    artifact: str
+    device: Device
+    settings: RuntimeSettings
+    build: Build
+    opened: Opened
+    context: int
+    prompt: int
+    written: int
+    cold: bool | None
+    cap: int | None
+    load: float
+    warm_up: float
+    memory: Memory
+    highest: Memory
+    prefill: Samples
+    decode: Samples
+    first_token: Samples
+    rounds: tuple[Round, ...]
+    load_averages: tuple[float | None, float | None]
+
+    @property
+    def noise(self) -> dict[LimitName, str]:
+        """The timings that are no evidence, and why."""
+        found: dict[LimitName, str] = {}
+        timings: tuple[tuple[LimitName, Samples], ...] = (
+            ("prefill", self.prefill),
+            ("first_token", self.first_token),
+            ("decode", self.decode),
+        )
+        other = self.rounds[-1].other_load
+        for name, samples in timings:
+            if samples.cv > NOISY_CV:
+                text = f"noisy: spread {samples.cv:.0%} after {len(self.rounds)} rounds"
+                found[name] = f"{text}, other processes took {other:.0%} of the processor" if other > 0.05 else text
+        return found
+
+    @property
+    def evidence(self) -> Evidence:
+        """What its figures rest on."""
+        held = {"load": self.opened.load, "flash_attention": self.opened.flash_attention}
+        return Evidence(
+            kind="measurement",
+            artifact=self.artifact,
+            device=self.device.fingerprint,
+            machine=self.device.description,
+            settings={
+                **self.settings.model_dump(mode="json"),
+                "threads": self.opened.threads,
+                "context": self.context,
+                "effective": held,
+            },
+            build={"llama.cpp": self.build.commit, "ggml": self.build.version},
+        )
+
+    def findings(self) -> list[Finding]:
+        """The figures as evidence for a verdict."""
+        noise, evidence = self.noise, self.evidence
+        count = len(self.prefill.values)
+
+        def finding(limit: LimitName, value: float, reason: str) -> Finding:
+            why = noise.get(limit, "")
+            return Finding(
+                limit=limit, value=value, best=value, evidence=evidence, reason=why or reason, usable=not why
+            )
+
+        rates = f"p10 of {count} repetitions, median "
+        return [
+            finding("memory", self.memory.peak, f"peak with load = {self.opened.load}"),
+            finding("load", self.load, "cold start" if self.cold else "the file may have been cached"),
+            finding("prefill", self.prefill.p10, f"{rates}{self.prefill.median:.4g}"),
+            finding("decode", self.decode.p10, f"{rates}{self.decode.median:.4g}"),
+            finding("first_token", self.first_token.p90, f"p90 of {count}, median {self.first_token.median:.4g} s"),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values for the manifest: every sample, and the summary."""
+        return {
+            "kind": "measurement",
+            "protocol": "bench/1",
+            "artifact": self.artifact,
+            "device": self.device.model_dump(mode="json"),
+            "fingerprint": self.device.fingerprint,
+            "settings": self.settings.model_dump(mode="json"),
+            "build": asdict(self.build),
+            "opened": asdict(self.opened),
+            "context": self.context,
+            "prompt": self.prompt,
+            "written": self.written,
+            "cold": self.cold,
+            "cap": self.cap,
+            "load_seconds": self.load,
+            "warm_up_seconds": self.warm_up,
+            "memory": asdict(self.memory),
+            "highest": asdict(self.highest),
+            "prefill": self.prefill.to_json(),
+            "decode": self.decode.to_json(),
+            "first_token": self.first_token.to_json(),
+            "rounds": [asdict(r) for r in self.rounds],
+            "noise": dict(self.noise),
+            "load_averages": list(self.load_averages),
+        }
+
+
+def measure(
+    gguf: Path,
+    settings: RuntimeSettings,
+    context: int,
+    *,
+    artifact: str | None = None,
+    cap: int | None = None,
+    protocol: Protocol = STANDARD,
+    progress: Progress = QUIET,
+) -> Measurement:
+    """Measure a file on this machine.
+
+    context   tokens, as declared by the budget
+    artifact  sha256 of the file, computed if it is not given
+    cap       bytes of private memory (RLIMIT_DATA) that the process is held to; pages of a mapped file
+              do not count, scratch memory counts as reserved
+
+    Raises RuntimeFailed: "oom" if memory or the cap does not suffice, "refused" for a context that the
+    model was not trained for, and as `llmpack.process` lists.
+    """
+    artifact = artifact or sha256_file(gguf)
+    device = probe_host()
+    written = max(1, min(WRITTEN_TOKENS, context // 4))
+    prompt = context - written
+    before = load_average()
+    cached = drop_from_cache(gguf)
+    with LlamaRuntime(Limits(data=cap)) as runtime, Watch(runtime.pid) as watch:
+        try:
+            build = runtime.info()
+            opened = runtime.open(gguf, settings, context)
+            bench = _Bench(runtime, _synthetic(context, opened.vocabulary), prompt, written)
+            warm_up = bench.repetition()[0]
+            rounds = _rounds(bench, protocol, progress)
+            memory = runtime.memory()
+        except RuntimeFailed as failure:
+            if failure.kind == "oom" and cap is not None:
+                text = f"{failure}\n  under a cap of {format_size(cap)} on private memory"
+                raise RuntimeFailed(text, kind="oom") from failure
+            raise
+    last = rounds[-1]
+    return Measurement(
+        artifact=artifact,
+        device=device,
+        settings=settings,
+        build=build,
+        opened=opened,
+        context=context,
+        prompt=prompt,
+        written=written,
+        cold=None if cached is None else cached <= COLD_SHARE,
+        cap=cap,
+        load=opened.seconds,
+        warm_up=warm_up,
+        memory=memory,
+        highest=replace(watch.highest, peak=max(watch.highest.peak, memory.peak)),
+        prefill=Samples(tuple(prompt / seconds for seconds in last.prefill)),
+        decode=Samples(tuple(len(times) / sum(times) for times in last.decode)),
+        first_token=Samples(last.prefill),
+        rounds=tuple(rounds),
+        load_averages=(before, load_average()),
+    )
+
+
+def _synthetic(count: int, vocabulary: int) -> list[int]:
+    """Tokens spread over the vocabulary, the same in every run."""
+    return [(7919 * index + 17) % vocabulary for index in range(count)]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One repetition: read the prompt from an empty cache, then write after it."""
+
+    runtime: LlamaRuntime
+    tokens: list[int]
+    prompt: int
+    written: int
+
+    def repetition(self) -> tuple[float, tuple[float, ...]]:
+        """Seconds of the prompt, and of each token written after it."""
+        read = self.runtime.time_prefill(self.tokens[: self.prompt])
+        return read, tuple(self.runtime.time_decode(self.tokens[self.prompt :]))
+
+
+def _rounds(bench: _Bench, protocol: Protocol, progress: Progress) -> list[Round]:
+    """Rounds until one is quiet enough, at most `protocol.rounds`."""
+    started = time.monotonic()
+    rounds: list[Round] = []
+    while True:
+        rounds.append(_one_round(bench, protocol, progress, f"measuring, round {len(rounds) + 1}"))
+        spent = time.monotonic() - started
+        if _quiet(rounds[-1]) or len(rounds) == protocol.rounds or spent > protocol.most_seconds:
+            return rounds
+
+
+def _quiet(found: Round) -> bool:
+    rates = Samples(found.prefill), Samples(tuple(len(t) / sum(t) for t in found.decode))
+    return all(samples.cv <= NOISY_CV for samples in rates)
+
+
+def _one_round(bench: _Bench, protocol: Protocol, progress: Progress, title: str) -> Round:
+    others = _other_load(bench.runtime.pid)
+    started = time.monotonic()
+    prefill: list[float] = []
+    decode: list[tuple[float, ...]] = []
+    with progress.task(title, protocol.repetitions) as done:
+        while True:
+            read, times = bench.repetition()
+            prefill.append(read)
+            decode.append(times)
+            if len(prefill) <= protocol.repetitions:
+                done(1)
+            spent = time.monotonic() - started
+            enough = len(prefill) >= protocol.repetitions
+            if enough and (spent >= protocol.least_seconds or spent > protocol.most_seconds):
+                return Round(tuple(prefill), tuple(decode), others())
+
+
+def _other_load(pid: int) -> Callable[[], float]:
+    """Starts a count; the callable gives the share of all processors that processes other than `pid` took since."""
+    process = psutil.Process(pid)
+
+    def busy() -> float:
+        times: Mapping[str, float] = psutil.cpu_times()._asdict()
+        idle = ("idle", "iowait", "guest", "guest_nice")  # time of guests is counted in that of users too
+        return sum(value for name, value in times.items() if name not in idle)
+
+    def own() -> float:
+        times = process.cpu_times()
+        return float(times.user + times.system)
+
+    began, busy_before, own_before = time.monotonic(), busy(), own()
+
+    def share() -> float:
+        wall = (time.monotonic() - began) * (psutil.cpu_count() or 1)
+        return max(0.0, min(1.0, (busy() - busy_before - (own() - own_before)) / wall))
+
+    return share
