@@ -32,7 +32,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -53,8 +53,17 @@ _SET_VARIABLES = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONNOUSERSITE": "1",
 }
-# What libraries write before they give up for want of memory; SIGABRT alone does not tell.
-_MEMORY_WORDS = ("std::bad_alloc", "MemoryError", "failed to allocate", "unable to allocate", "out of memory")
+# What libraries write before they give up for want of memory; the way in which they end does not tell.
+_MEMORY_WORDS = (
+    "std::bad_alloc",
+    "MemoryError",
+    "failed to allocate",
+    "unable to allocate",
+    "insufficient memory",
+    "out of memory",
+    "Cannot allocate memory",
+    "can't start new thread",
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,8 @@ class Child:
                 if "result" in message:
                     return dict(message["result"])
                 error = message["error"]
-                raise RuntimeFailed(f"{self.title}: {error['message']}", kind=error["kind"])
+                lacks = _wants_memory([error["message"]])
+                raise RuntimeFailed(f"{self.title}: {error['message']}", kind="oom" if lacks else error["kind"])
         finally:
             if not whole:
                 self._end()
@@ -218,7 +228,7 @@ class Child:
     def _diagnosis(self, code: int) -> tuple[str, str]:
         if code < 0 and -code == signal.SIGKILL:
             return ("oom", "killed for want of memory") if oom_kills() > self._kills_before else ("killed", "killed")
-        if code and any(word in line for line in self._errors for word in _MEMORY_WORDS):
+        if code and _wants_memory(self._errors):
             return "oom", "memory ran out"
         if code < 0:
             name = signal.Signals(-code).name
@@ -241,6 +251,10 @@ class Child:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _wants_memory(lines: Iterable[str]) -> bool:
+    return any(word in line for line in lines for word in _MEMORY_WORDS)
 
 
 def _read_answers(stream: IO[bytes], answers: queue.SimpleQueue[bytes]) -> None:

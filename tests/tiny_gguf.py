@@ -90,3 +90,54 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_empty_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType, *, tied: bool) -> Path:
+    """A Llama of any size, its weights all zero and its file sparse: memory and time are those of a real one."""
+    width, hidden, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(width)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([f"tok{n}" for n in range(vocabulary)])
+    writer.add_token_types([1] * vocabulary)
+    writer.add_token_merges([f"to{n} k{n}" for n in range(vocabulary - 300)])
+    shapes = {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    if not tied:
+        shapes["output.weight"] = (vocabulary, width)
+    for block in range(config["num_hidden_layers"]):
+        shapes |= {
+            f"blk.{block}.{name}.weight": shape
+            for name, shape in {
+                "attn_norm": (width,), "attn_q": (width, width), "attn_k": (kv, width), "attn_v": (kv, width),
+                "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (hidden, width),
+                "ffn_up": (hidden, width), "ffn_down": (width, hidden),
+            }.items()
+        }  # fmt: skip
+    end = 0
+    for name, shape in shapes.items():
+        stored = kind if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        floats = {gguf.GGMLQuantizationType.F32: np.float32, gguf.GGMLQuantizationType.F16: np.float16}
+        size, block_bytes = gguf.GGML_QUANT_SIZES[stored]
+        nbytes = int(np.prod(shape)) // size * block_bytes
+        if stored not in floats:
+            shape = (*shape[:-1], shape[-1] // size * block_bytes)
+        writer.add_tensor_info(name, shape, np.dtype(floats.get(stored, np.uint8)), nbytes, raw_dtype=stored)
+        end += -(-nbytes // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.fout[0].flush()
+    start = -(-writer.fout[0].tell() // 32) * 32
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(start + end)
+    return path

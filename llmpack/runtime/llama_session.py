@@ -17,7 +17,6 @@ from llmpack.runtime.llama_library import Library
 GGML_TYPE = {"f16": 1, "q4_0": 2, "q8_0": 8}
 LOAD_MODE = {"auto": -1, "no-mmap": 0, "mmap": 1}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-_MEMORY_WORDS = ("failed to allocate", "unable to allocate", "out of memory", "bad_alloc")
 
 
 @contextmanager
@@ -80,9 +79,7 @@ class Session:
         self.batch = self.api.llama_batch_init(self.batch_size, 0, 1)
 
     def _refusal(self, what: str) -> RefusedError:
-        log = self.library.log
-        kind = "oom" if any(word in log for word in _MEMORY_WORDS) else "refused"
-        return RefusedError(f"{what}: {self.library.errors()}", kind)
+        return RefusedError(f"{what}: {self.library.errors()}")
 
     def _effective_load(self, path: str) -> str:
         """The mode that really holds. The structs have changed their fields before, so it is looked at, not assumed."""

@@ -119,6 +119,8 @@ def _coarser(encoding: str, columns: set[int]) -> str | None:
     """The next encoding on the ladder that holds rows of all these lengths."""
     bits = ENCODINGS.load(encoding)().bits_per_weight
     for name in LADDER:
+        if name not in ENCODINGS:
+            continue
         candidate = ENCODINGS.load(name)()
         if candidate.bits_per_weight < bits and not any(candidate.problem(length) for length in columns):
             return name

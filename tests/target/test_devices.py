@@ -1,0 +1,91 @@
+"""Device profiles and the probe of this machine."""
+
+import platform
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+
+import llmpack.target
+from llmpack.errors import RecipeError
+from llmpack.target.device import INSTRUCTION_SETS, Device, device, device_names, read_device
+from llmpack.target.probe import measure_bandwidth, probe_host
+
+FOLDER = Path(llmpack.target.__file__).parent / "devices"
+GOOD = (Path(__file__).parent / "twin.toml").read_text()
+
+
+def test_every_profile_loads_and_says_where_its_figures_are_from():
+    assert device_names() == sorted(p.stem for p in FOLDER.glob("*.toml"))
+    assert len(device_names()) >= 6
+    for name in device_names():
+        found = device(name)
+        assert found.name == name
+        assert found.memory > 1 << 30
+        raw = tomllib.loads((FOLDER / f"{name}.toml").read_text())
+        for figure in raw["figures"].values():
+            assert figure["provenance"] in ("measured", "datasheet")
+            assert len(figure["source"]) >= 8
+    assert len({device(name).fingerprint for name in device_names()}) == len(device_names())
+
+
+def test_an_unknown_device_gets_a_suggestion():
+    with pytest.raises(RecipeError, match="did you mean `raspberry-pi-5-8gb`"):
+        device("rasberry-pi-5-8gb")
+    with pytest.raises(RecipeError, match="known: host, intel"):
+        device("toaster")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("1 GiB", "1 G"), "not a unit of size"),
+        (("datasheet", "guess"), "measured"),
+        (('"made up for a test"', '""'), "at least 8 characters"),
+        (("x86_64", "z80"), "x86_64"),
+        (("[figures.memory]", "[figures.memory]\nspeed = 1"), "Extra inputs"),
+        (("[figures.memory]", "[figures.memmory]"), "figures.memory: Field required"),
+        (("description", "= description"), "no TOML"),
+    ],
+)
+def test_a_wrong_profile_is_refused_with_the_place(change, words):
+    with pytest.raises(RecipeError, match=words) as refusal:
+        read_device("wrong", GOOD.replace(*change), "wrong.toml")
+    assert "wrong.toml" in str(refusal.value)
+
+
+def extra(name, value):
+    return f'{GOOD}\n[figures.{name}]\nvalue = {value}\nprovenance = "datasheet"\nsource = "made up for a test"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("cores", "0", "impossible"),
+        ("instruction_sets", '["avx3"]', "did you mean `avx2`|did you mean `avx`"),
+        ("bandwidth", '"17 GB"', "not a bandwidth"),
+        ("decode_efficiency", "1.5", "share between 0 and 1"),
+        ("arithmetic", '"100"', "not a rate of arithmetic"),
+    ],
+)
+def test_impossible_figures_are_refused(name, value, words):
+    with pytest.raises(RecipeError, match=words):
+        read_device("wrong", extra(name, value), "wrong.toml")
+
+
+def test_this_machine_is_probed():
+    host = device("host")
+    assert host.memory <= psutil.virtual_memory().total
+    assert 1 <= host.cores <= (psutil.cpu_count() or 1)
+    assert set(host.instruction_sets) <= set(INSTRUCTION_SETS)
+    assert host.kernel.startswith(platform.system())
+    assert all(f["provenance"] == "measured" for f in host.model_dump()["figures"].values() if f)
+    assert probe_host().fingerprint == host.fingerprint
+    assert Device.model_validate_json(host.model_dump_json()) == host
+
+
+def test_bandwidth_is_streamed():
+    host = probe_host(bandwidth=True)
+    assert 1e8 < host.bandwidth < 1e13
+    assert measure_bandwidth(1) > 1e8

@@ -1,0 +1,171 @@
+"""The estimate against the definition, and against what llama.cpp really takes."""
+
+import json
+
+import gguf
+import pytest
+import tiny_gguf
+
+from llmpack.models import family_of
+from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.settings import RuntimeSettings
+from llmpack.target import memory_model
+from llmpack.target.cure import cures
+from llmpack.target.device import device
+from llmpack.target.estimate import MEMORY_ERROR, estimate, touched_bytes
+
+MIB = 1 << 20
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+SMOLLM = {
+    **LLAMA_8B, "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+}  # fmt: skip
+PI, N100, LAPTOP = device("raspberry-pi-5-8gb"), device("intel-n100-16gb"), device("laptop-8gb")
+
+
+def graph_of(config, linear, embedding=None):
+    def encoding(spec):
+        if len(spec.shape) == 1:
+            return "f32"
+        return (embedding or linear) if spec.part in ("embedding", "output") else linear
+
+    return family_of(config).graph(config).with_encodings(encoding)
+
+
+def sizes_of(config):
+    return family_of(config).sizes(config)
+
+
+@pytest.mark.parametrize(
+    ("kv", "context", "mebibytes"), [("f16", 4096, 512), ("q8_0", 8192, 544), ("q4_0", 8192, 288), ("f16", 4000, 512)]
+)
+def test_the_cache_of_an_8b_model(kv, context, mebibytes):
+    """The figures of llama.cpp for 32 blocks with 8 heads of 128."""
+    assert memory_model.cache_bytes(sizes_of(LLAMA_8B), RuntimeSettings(kv=kv), context) == mebibytes * MIB
+
+
+def test_weights_by_processor_and_load_mode():
+    graph = graph_of(SMOLLM, "q4_0", "q8_0")
+    linear = sum(s.nbytes for s in graph.tensors if s.is_linear)
+    embedding = graph["model.embed_tokens.weight"].nbytes
+    on_n100 = memory_model.weights(graph, N100.instruction_sets)
+    assert (on_n100.stored, on_n100.repacked, on_n100.replaced) == (graph.nbytes, linear, linear)
+    assert on_n100.resident("mmap") == graph.nbytes + linear
+    assert on_n100.resident("no-mmap") == graph.nbytes
+    on_pi = memory_model.weights(graph, PI.instruction_sets)  # q8_0 is repacked there, and the head is tied
+    assert on_pi.repacked == linear + embedding
+    assert on_pi.resident("no-mmap") == graph.nbytes + embedding
+    on_old_pi = memory_model.weights(graph, device("raspberry-pi-4-4gb").instruction_sets)
+    assert on_old_pi.resident("mmap") == graph.nbytes
+
+
+def test_an_embedding_that_is_no_head_is_not_repacked():
+    graph = graph_of(LLAMA_8B, "q4_0")
+    found = memory_model.weights(graph, N100.instruction_sets)
+    assert found.repacked == graph.nbytes - sum(s.nbytes for s in graph.tensors if s.part in ("embedding", "norm"))
+    assert touched_bytes(graph) == graph.nbytes - graph["model.embed_tokens.weight"].nbytes
+
+
+def test_the_terms_add_up_and_the_report_is_json():
+    found = estimate(graph_of(SMOLLM, "q4_0", "q8_0"), RuntimeSettings(), PI, 2048, disk=1000)
+    assert sum(term.nbytes for term in found.terms) == found.memory.value
+    assert found.hard_memory < found.memory.value
+    report = json.loads(json.dumps(found.to_json()))
+    assert report["kind"] == "estimate"
+    assert {f.limit for f in found.findings()} == {"memory", "disk", "decode"}
+    assert found.missing["prefill"] == "the arithmetic rate of raspberry-pi-5-8gb is unknown"
+
+
+def test_speed_of_a_known_device():
+    """Llama-3.1-8B at 4.9 GB decodes at 2.17 tok/s on a Raspberry Pi 5: the report behind its profile."""
+    graph = graph_of(LLAMA_8B, "q4_1")  # 5.0 bits; the report's Q4_K_M has 4.9
+    assert 4.9e9 < graph.nbytes < 5.2e9
+    found = estimate(graph, RuntimeSettings(), PI, 512).decode
+    assert found.low < 2.17 < found.high
+    assert found.value == pytest.approx(2.17, rel=0.1)
+    prefill = estimate(graph, RuntimeSettings(), N100, 512).prefill
+    assert prefill.value == pytest.approx(6.53, rel=0.2)
+
+
+def test_what_a_profile_does_not_say_is_not_estimated():
+    found = estimate(graph_of(SMOLLM, "q8_0"), RuntimeSettings(), LAPTOP, 2048)
+    assert found.decode is None
+    assert "bandwidth of laptop-8gb is unknown" in found.missing["decode"]
+
+
+def random_model(path, kind, *, tied=True):
+    """A wide and short real file: its embedding, blocks and vocabulary weigh what they do in real models."""
+    config = {
+        **SMOLLM, "vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 3,
+        "num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": tied,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    tiny_gguf.write_empty_gguf(path, config, kind, tied=tied)
+    return graph_of(config, kind.name.lower())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "context"),
+    [
+        ("Q4_0", {}, 1024),
+        ("Q4_0", {"load": "no-mmap"}, 1024),
+        ("IQ4_NL", {"kv": "q8_0"}, 768),
+        ("Q8_0", {"ubatch": 128}, 1024),
+        ("F16", {"flash_attention": "off"}, 1024),
+    ],
+)
+def test_the_estimate_of_memory_holds_on_this_machine(tmp_path, kind, options, context):
+    path = tmp_path / "model.gguf"
+    graph = random_model(path, gguf.GGMLQuantizationType[kind])
+    settings = RuntimeSettings(threads=2, **options)
+    expected = estimate(graph, settings, device("host"), context)
+    with LlamaRuntime() as runtime:
+        opened = runtime.open(path, settings, context)
+        runtime.time_prefill([7] * (context - 8))
+        runtime.time_decode([5] * 2)
+        peak = runtime.memory().peak
+    cache = memory_model.cache_bytes(sizes_of(graph.config), settings, context)
+    assert opened.buffers["KV.CPU"] == pytest.approx(cache, abs=0.01 * MIB)
+    assert opened.buffers.get("model.CPU_REPACK", 0) == pytest.approx(
+        memory_model.weights(graph, device("host").instruction_sets).repacked, abs=0.1 * MIB
+    )
+    assert expected.memory.value == pytest.approx(peak, rel=MEMORY_ERROR)
+
+
+def test_cures_begin_with_what_costs_nothing():
+    graph = graph_of(LLAMA_8B, "q4_0", "q8_0")
+    cure = cures(graph, RuntimeSettings(), PI, 4096)
+    assert cure("memory", 300 * MIB).startswith('load = "no-mmap" saves ')
+    assert cure("memory", 300 * MIB).endswith("; need 300 MiB")
+    unmapped = cures(graph, RuntimeSettings(load="no-mmap"), PI, 4096)
+    assert unmapped("memory", 10 * MIB).startswith("ubatch = 128 saves ")
+    small = RuntimeSettings(load="no-mmap", ubatch=128)
+    assert cures(graph, small, PI, 4096)("memory", 200 * MIB) == 'kv = "q8_0" saves 240 MiB; need 200 MiB'
+
+
+def test_cures_by_encoding_name_the_smallest_that_suffices():
+    graph = graph_of(LLAMA_8B, "iq4_nl", "q8_0")
+    exhausted = RuntimeSettings(load="no-mmap", ubatch=128, kv="q4_0")
+    row = 128256 * 4096 // 256
+    saved = 128256 * 4096 // 32 * 34 - row * 210
+    text = cures(graph, exhausted, N100, 2048)("disk", saved - 5)
+    assert text.startswith(("embedding q8_0 -> q6_k saves ", "output q8_0 -> q6_k saves "))
+    text = cures(graph, exhausted, N100, 2048)("disk", 1 << 40)
+    assert text.endswith("that alone is not enough")
+
+
+def test_a_row_that_no_k_quant_holds_gets_another_cure():
+    graph = graph_of(SMOLLM, "iq4_nl", "q8_0")  # rows of 576 are no multiple of 256
+    settings = RuntimeSettings(load="no-mmap", ubatch=128, kv="q4_0")
+    assert cures(graph, settings, N100, 2048)("memory", 3 * MIB).startswith("embedding q8_0 -> q5_1 saves 6.75 MiB")
+
+
+def test_cures_for_speed_and_for_what_has_none():
+    cure = cures(graph_of(LLAMA_8B, "q8_0"), RuntimeSettings(), PI, 2048)
+    assert " -> q6_k gains " in cure("decode", 0.01)
+    assert cure("first_token", 1.0) == ""
+    assert cure("quality.kl", 0.1) == ""
