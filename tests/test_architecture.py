@@ -12,7 +12,8 @@ PACKAGE = ROOT / "llmpack"
 
 # Floors from top to bottom; rooms on one floor do not see each other.
 FLOORS = (
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"pipeline"},
     {"steps", "formats", "target"},
     {"calibration"},
@@ -21,7 +22,8 @@ FLOORS = (
     {"algorithms", "checkpoint"},
     {"encodings"},
     {"registry", "process"},
-    {"errors", "units", "digest", "lazy", "progress"},
+    {"lazy"},
+    {"errors", "units", "digest", "progress"},
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -18,6 +18,8 @@ else:
 
     torch = LazyModule("torch")
 
+FACTORS = tuple(0.5 + 0.04 * i for i in range(16))
+RANGES = tuple((0.05 * i, 1 - 0.05 * j) for i in range(-1, 6) for j in range(-1, 6))
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -53,7 +55,34 @@ class _Symmetric(BlockEncoding):
 
     def search(self, x: Tensor, w: Tensor) -> tuple[Tensor, None]:
         """Scales [n]."""
-        return search.symmetric(x, w, self.steps), None
+        return search.symmetric(search.Groups(x, w, self.steps), FACTORS, search.to_half)[0], None
+
+
+class _Affine(BlockEncoding):
+    """Scale and minimum."""
+
+    has_minimum = True
+
+    def search(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and minima, each [n]."""
+        scale, offset, _ = search.affine(search.Groups(x, w, self.steps), RANGES, search.to_half, below_zero=False)
+        return scale, offset
+
+
+class Q4_1(_Affine, _Nibbles):
+    """``d * code + m``."""
+
+    name, ggml_type, block_bytes = "q4_1", 3, 20
+    steps = Steps(0, 15)
+    reach = 1.0
+
+
+class Q5_1(_Affine, _FiveBits):
+    """``d * code + m``."""
+
+    name, ggml_type, block_bytes = "q5_1", 7, 24
+    steps = Steps(0, 31)
+    reach = 1.0
 
 
 class Q4_0(_Symmetric, _Nibbles):
@@ -101,7 +130,7 @@ class Q8_0(_Symmetric):
         for run in tiles.runs(rows, columns, tiles.SLAB):
             x = values[run].reshape(-1, self.block)
             scale = x.abs().amax(1, keepdim=True) / 127
-            ratio = x * search.inverse(scale)
+            ratio = x * search.quotient(torch.ones_like(scale), scale)
             whole = ratio.trunc()
             rounded = whole + ((ratio - whole) * 2).trunc_()  # half away from zero, as C's roundf
             codes = rounded.to(torch.int8).cpu().numpy().view(np.uint8)
