@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from llmpack.checkpoint.atomic import disk_errors
 from llmpack.errors import MissingExtra, RuntimeFailed
 from llmpack.process import NO_LIMITS, Child, Limits
 from llmpack.runtime.meter import Memory
@@ -260,8 +262,15 @@ class LlamaRuntime:
             path.unlink()
 
     def _shared_file(self, nbytes: int) -> Path:
-        with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
+        """An empty file of that size, its space taken: a disk that fills up later would kill the child."""
+        folder = Path(self._folder.name)
+        with (
+            disk_errors(folder, nbytes, "set TMPDIR to a folder with more room"),
+            tempfile.NamedTemporaryFile(dir=folder, delete=False) as file,
+        ):
             file.truncate(nbytes)
+            if nbytes and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
         return Path(file.name)
 
     def close(self) -> None:

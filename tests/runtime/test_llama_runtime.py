@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from pydantic import ValidationError
 from tiny_gguf import BLOCKS, CHAT_TEMPLATE, CONTEXT, KV_HEADS, SPECIAL, WIDTH, byte_tokens, tensors, write_tiny_gguf
 
-from llmpack.errors import MissingExtra, RuntimeFailed
+from llmpack.errors import EnvironmentProblem, MissingExtra, RuntimeFailed
 from llmpack.process import Limits
 from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.settings import RuntimeSettings
@@ -328,7 +328,7 @@ def test_children_end_when_their_thread_is_done_with_them(tiny):
 
 def test_the_demo_model_knows_paris(demo_gguf):
     with LlamaRuntime() as runtime:
-        opened = runtime.open(demo_gguf, RuntimeSettings(threads=2, kv="q8_0"), 256)
+        opened = runtime.open(demo_gguf, RuntimeSettings(threads=1, kv="q8_0"), 256)
         assert opened.flash_attention == "on"
         _, generated = collect(runtime.generate(runtime.tokenize("The capital of France is"), 3))
         assert generated.text.strip().startswith("Paris")
@@ -347,3 +347,15 @@ def test_the_demo_model_knows_paris(demo_gguf):
 def test_settings_are_strict(wrong, words):
     with pytest.raises(ValidationError, match=words):
         RuntimeSettings(**wrong)
+
+
+def test_a_full_disk_is_said_before_the_child_meets_it(runtime, monkeypatch):
+    import errno
+    import os
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(EnvironmentProblem, match=r"no room for .* TMPDIR"):
+        runtime.logits([1, 2])

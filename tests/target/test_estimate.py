@@ -121,7 +121,7 @@ def random_model(path, kind, *, tied=True):
 def test_the_estimate_of_memory_holds_on_this_machine(tmp_path, kind, options, context):
     path = tmp_path / "model.gguf"
     graph = random_model(path, gguf.GGMLQuantizationType[kind])
-    settings = RuntimeSettings(threads=2, **options)
+    settings = RuntimeSettings(threads=1, **options)
     expected = estimate(graph, settings, device("host"), context)
     with LlamaRuntime() as runtime:
         opened = runtime.open(path, settings, context)
