@@ -109,10 +109,11 @@ def write_weights(folder: Path, config: Mapping[str, Any], seed: int = 0, shards
 
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for spec in family_of(config).graph(config).tensors:
+    family = family_of(config)
+    for spec in family.graph(config).tensors:
         values = torch.randn(spec.shape, generator=generator)
         if spec.part == "norm":
-            values = torch.exp(values / 2)
+            values = torch.exp(values / 2) - family.norm_offset
         elif spec.part in ("embedding", "output"):
             values = values * 0.35
         else:

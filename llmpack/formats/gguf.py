@@ -124,7 +124,7 @@ class GgufFormat:
             sum(math.prod(entry.shape) for entry in entries),
         )
         files = TokenizerFiles.read(checkpoint.folder, checkpoint.tokenizer_files)
-        return keys | vocabulary(files, graph.config)
+        return keys | vocabulary(files, graph.config, family.tokenizer)
 
     def nbytes(self, graph: ModelGraph, checkpoint: Checkpoint, facts: Facts) -> int:
         """Exact size of the file that `write` will make."""
@@ -169,7 +169,8 @@ def file_rows(checkpoint: Checkpoint, spec: TensorSpec, nbytes: int = CHUNK) -> 
 
     spec  with the encoding that it has in the file
 
-    Rows are put in GGUF's order. Where encodings differ, floats are converted. Raises as `GgufFormat.write` does.
+    Rows are put in GGUF's order, and norms get what those of a file have more. Where encodings differ, floats are
+    converted. Raises as `GgufFormat.write` does.
     """
     stored = checkpoint.tensors[spec.name]
     packed, spec = checkpoint.packed(spec.name), _as_matrix(spec)
@@ -179,11 +180,14 @@ def file_rows(checkpoint: Checkpoint, spec: TensorSpec, nbytes: int = CHUNK) -> 
             f"{spec.name} is stored as {stored.encoding} and the bundle wants {spec.encoding}; "
             "only a quantize step turns the one into the other"
         )
-    order = family_of(checkpoint.config).row_order(replace(spec, shape=stored.shape), checkpoint.config)
+    family = family_of(checkpoint.config)
+    order = family.row_order(replace(spec, shape=stored.shape), checkpoint.config)
+    offset = family.norm_offset if spec.part == "norm" else 0.0
     step = max(1, nbytes // max(1, packed.shape[1]))
     for start in range(0, len(packed), step):
         rows = packed[start : start + step] if order is None else packed[order[start : start + step]]
-        yield rows if stored.encoding == spec.encoding else _converted(rows, stored.encoding, spec)
+        same = stored.encoding == spec.encoding and not offset
+        yield rows if same else _converted(rows, stored.encoding, spec, offset)
 
 
 def _as_matrix(spec: TensorSpec) -> TensorSpec:
@@ -191,8 +195,8 @@ def _as_matrix(spec: TensorSpec) -> TensorSpec:
     return replace(spec, shape=(*spec.shape, 1)) if len(spec.shape) == 1 else spec
 
 
-def _converted(rows: np.ndarray, stored: str, spec: TensorSpec) -> np.ndarray:
-    values = encoding(stored).decode(rows, spec.shape[-1])
+def _converted(rows: np.ndarray, stored: str, spec: TensorSpec, offset: float) -> np.ndarray:
+    values = encoding(stored).decode(rows, spec.shape[-1]) + offset
     try:
         return encoding(spec.encoding).encode(values)
     except ValueError as beyond:

@@ -24,19 +24,25 @@ from llmpack.formats.gguf_pretokenizer import pre_tokenizer, probe_tokenizer
 from llmpack.formats.gguf_special import FLAG_KEYS, merge_texts, special_keys
 from llmpack.formats.sentencepiece_model import ModelKind, PieceType, SentencePieceModel
 from llmpack.formats.tokenizer_files import TokenizerFiles
+from llmpack.models.tables import TokenizerRules
 
 UNKNOWN_SCORE = -1000.0  # of a token that no SentencePiece model scored
 PAD_SCORE = -10000.0
 CODE_LLAMA_SIZE = 32016
+USUAL_RULES = TokenizerRules()
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 _TOKENS, _SCORES, _TYPES = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
 
 
-def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Value]:
+def vocabulary(
+    files: TokenizerFiles, config: Mapping[str, Any], rules: TokenizerRules = USUAL_RULES
+) -> dict[str, Value]:
     """The ``tokenizer.*`` keys, in file order.
 
     config  the checkpoint's config.json; `vocab_size` is the number of rows of the embedding
+    rules   what is special about the family
 
     Raises InputRejected for a tokenizer that llama.cpp does not know (rules ``pre-tokenizer`` and
     ``tokenizer-kind``) or that contradicts itself or the embedding (rule ``tokenizer``).
@@ -44,10 +50,10 @@ def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Va
     size = config["vocab_size"]
     keys: dict[str, Value] = {}
     prefix = (files.config or {}).get("add_prefix_space")
-    if isinstance(prefix, bool):
-        keys["tokenizer.ggml.add_space_prefix"] = boolean(prefix)
+    if rules.space_prefix == "configured" and isinstance(prefix, bool):
+        keys[_SPACE_PREFIX] = boolean(prefix)
     if files.sentencepiece is not None:
-        keys |= _sentencepiece(files, files.sentencepiece, size)
+        keys |= _sentencepiece(files, files.sentencepiece, size, rules)
         keys |= special_keys(files, config, size, merges=False)
     else:
         model = _bpe_model(files)
@@ -58,6 +64,8 @@ def vocabulary(files: TokenizerFiles, config: Mapping[str, Any]) -> dict[str, Va
             special = special_keys(files, config, size, merges=True)
             keys |= _byte_level(files, model, size, special)
             keys |= special
+    if rules.space_prefix == "never" and keys["tokenizer.ggml.model"].data == "llama":
+        keys[_SPACE_PREFIX] = boolean(False)
     if size == CODE_LLAMA_SIZE:
         infill = {"prefix": 32007, "suffix": 32008, "middle": 32009, "eot": 32010}
         keys |= {f"tokenizer.ggml.{role}_token_id": uint32(number) for role, number in infill.items()}
@@ -101,7 +109,7 @@ class _Slots:
         return found | {_TYPES: int32s([int(kind) for kind in self.types])}
 
 
-def _sentencepiece(files: TokenizerFiles, data: bytes, size: int) -> dict[str, Value]:
+def _sentencepiece(files: TokenizerFiles, data: bytes, size: int, rules: TokenizerRules) -> dict[str, Value]:
     where = str(files.folder / "tokenizer.model")
     model = SentencePieceModel.parse(data, where)
     if model.kind is not ModelKind.BPE:
@@ -116,8 +124,14 @@ def _sentencepiece(files: TokenizerFiles, data: bytes, size: int) -> dict[str, V
         slots.put(index, piece.text, kind, piece.score)
     for token, index in files.added.items():
         slots.put(index, token, PieceType.USER_DEFINED)
-    for number, entry in ((files.config or {}).get("added_tokens_decoder") or {}).items():
-        slots.put_added(int(number), entry["content"], bool(entry.get("special")))
+    added = {int(index): entry for index, entry in ((files.config or {}).get("added_tokens_decoder") or {}).items()}
+    if rules.added_as_stated:
+        added |= {int(entry["id"]): entry for entry in (files.tokenizer or {}).get("added_tokens") or ()}
+    for index, entry in added.items():
+        if not rules.added_as_stated:
+            slots.put_added(index, entry["content"], bool(entry.get("special")))
+        else:
+            slots.put(index, entry["content"], PieceType.CONTROL if entry.get("special") else PieceType.USER_DEFINED)
     return slots.keys({"tokenizer.ggml.model": string("llama"), "tokenizer.ggml.pre": string("default")}, scores=True)
 
 

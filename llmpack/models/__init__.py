@@ -18,6 +18,14 @@ FAMILIES: Table[type[Family]] = Table(
     {
         "llama": "llmpack.models.llama:Llama",
         "mistral": "llmpack.models.mistral:Mistral",
+        "qwen2": "llmpack.models.qwen2:Qwen2",
+        "qwen3": "llmpack.models.qwen3:Qwen3",
+        "gemma2": "llmpack.models.gemma2:Gemma2",
+        "gemma3": "llmpack.models.gemma3:Gemma3",
+        "phi3": "llmpack.models.phi3:Phi3",
+        "olmo2": "llmpack.models.olmo2:Olmo2",
+        "smollm3": "llmpack.models.smollm3:SmolLM3",
+        "granite": "llmpack.models.granite:Granite",
     },
     group="llmpack.families",
 )

@@ -10,9 +10,8 @@ A tensor has three names: in the checkpoint (`TensorSpec.name`), in transformers
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,67 +20,24 @@ from llmpack.errors import InputRejected, Problem
 from llmpack.models.gguf_config import read_config
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.models.rope import Rope, read_rope
+from llmpack.models.tables import LIMITS, Row, Setting, Sizes, TokenizerRules
+from llmpack.models.validity import (
+    epsilon_problems,
+    head_problems,
+    layer_type_problems,
+    setting_problems,
+    size_problems,
+)
 
 STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Names of torch's float types in config.json, and of the encodings that they are."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a family's table.
+RUNTIME_THETA = 10_000.0
+"""The base of the rotary embedding that llama.cpp takes where a file is silent."""
 
-    name       of the tensor, below the block's path for the rows of a block
-    part       the word recipes use (see `TensorSpec.part`)
-    shape      names of sizes (see `Sizes`), one per axis
-    gguf       name in a GGUF file, below ``blk.N.`` for the rows of a block; None where GGUF has none
-    inputs     name of the input it reads, for a linear map
-    row_order  name of the permutation of rows between checkpoint and GGUF
-    when       the flag of the config without which the tensor does not exist
-    """
-
-    name: str
-    part: str
-    shape: tuple[str, ...]
-    gguf: str | None
-    inputs: str | None = None
-    row_order: str | None = None
-    when: str | None = None
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The numbers of a config that shapes follow from."""
-
-    vocab: int
-    hidden: int
-    ffn: int
-    blocks: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def q_rows(self) -> int:
-        """Rows of the query projection."""
-        return self.heads * self.head_dim
-
-    @property
-    def kv_rows(self) -> int:
-        """Rows of the key and of the value projection."""
-        return self.kv_heads * self.head_dim
-
-
-LIMITS = {
-    "vocab_size": 1 << 22,
-    "hidden_size": 131_072,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "head_dim": 1024,
-    "max_position_embeddings": 1 << 26,
-}
-"""Sizes that a config must give (or its family default), each from 1 to a bound that no real model exceeds."""
+KINDS = {"full_attention": "full", "sliding_attention": "sliding"}
+"""What ``layer_types`` in config.json may say, and what `Family.block_kinds` calls it."""
 
 
 class Family(ABC):
@@ -97,6 +53,20 @@ class Family(ABC):
     block          rows of one block, in the order in which a forward pass meets their inputs
     defaults       what transformers assumes where config.json is silent; a test compares
     from_gguf      whether a GGUF file of `gguf_arch` is taken for this family
+
+    What llama.cpp can do for the architecture:
+
+    activation     key of the config and the one value that is built in
+    without        settings that must be off: there is no place for them
+    rope_kinds     rotary scalings (see `llmpack.models.rope`)
+    partial_rope   whether heads may be rotated in part
+    states_rope    whether a file states the base of the rotary embedding
+    own_head_dim   whether heads may be of another width than hidden size over heads
+    settings       numbers that the file states beside the sizes
+    norm_offset    what the weights of norms in a file have more than those in a checkpoint
+    layered        whether ``layer_types`` says which blocks see a window only
+    runs_windows   whether windows are applied
+    tokenizer      how the converter reads the tokenizer files
     """
 
     name: ClassVar[str]
@@ -110,15 +80,35 @@ class Family(ABC):
     defaults: ClassVar[Mapping[str, Any]]
     from_gguf: ClassVar[bool] = True
 
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    without: ClassVar[tuple[str, ...]] = ()
+    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear")
+    partial_rope: ClassVar[bool] = False
+    states_rope: ClassVar[bool] = True
+    own_head_dim: ClassVar[bool] = True
+    settings: ClassVar[tuple[Setting, ...]] = ()
+    norm_offset: ClassVar[float] = 0.0
+    layered: ClassVar[bool] = False
+    runs_windows: ClassVar[bool] = False
+    tokenizer: ClassVar[TokenizerRules] = TokenizerRules()
+
     # --- the config
 
-    @abstractmethod
     def flags(self, config: Mapping[str, Any]) -> Collection[str]:
-        """The words of `Row.when` that hold for a config."""
+        """The words of `Row.when` that hold for a config: keys that are on, and "untied" for a head of its own."""
+        words = {row.when for row in (*self.outside, *self.block) if row.when is not None}
+        on = {word for word in words - {"untied"} if self.setting(config, word)}
+        return on if self.setting(config, "tie_word_embeddings") else on | (words & {"untied"})
 
-    @abstractmethod
-    def oddities(self, config: Mapping[str, Any]) -> list[Problem]:
-        """What this family cannot do with a config, beyond sizes and rotary embedding."""
+    def config_of_names(self, names: Collection[str]) -> Mapping[str, Any]:
+        """The settings of a config that a GGUF file says by having certain tensors: biases, tied heads."""
+        places = [("", row) for row in self.outside] + [("blk.0.", row) for row in self.block]
+        found = {row.when: False for _, row in places if row.when is not None}
+        for path, row in places:
+            if row.when is not None and row.gguf is not None and path + row.gguf in names:
+                found[row.when] = True
+        config: dict[str, Any] = {key: value for key, value in found.items() if key != "untied"}
+        return config | ({"tie_word_embeddings": not found["untied"]} if "untied" in found else {})
 
     def setting(self, config: Mapping[str, Any], key: str) -> Any:
         """A value of the config, or the family's default where the config is silent."""
@@ -135,24 +125,39 @@ class Family(ABC):
 
     def problems(self, config: Mapping[str, Any]) -> list[Problem]:
         """Everything that stops this family from working with a config; empty when it can."""
-        found = []
-        for key, most in LIMITS.items():
-            value = self._size(config, key)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                text = "is missing" if value is None else f"is {value!r}, not a whole number from 1 to {most}"
-                found.append(Problem(f"{key} {text}", key, "config.json", rule="config-range"))
-        eps = self.setting(config, "rms_norm_eps")
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-            found.append(Problem(f"rms_norm_eps is {eps!r}", "rms_norm_eps", "config.json", rule="config-range"))
+        found = size_problems({key: self._size(config, key) for key in LIMITS})
         if not found:
             sizes = self._sizes(config)
-            if sizes.heads % sizes.kv_heads:
-                text = f"{sizes.heads} heads cannot share {sizes.kv_heads} key and value heads evenly"
-                found.append(Problem(text, "num_key_value_heads", "config.json", rule="config-range"))
-            if sizes.head_dim % 2:
-                text = f"heads of {sizes.head_dim} cannot be rotated in pairs"
-                found.append(Problem(text, "head_dim", "config.json", rule="config-range"))
-        return found + read_rope(config, self.defaults["rope_theta"])[1] + self.oddities(config)
+            found += head_problems(sizes, own_width=self.own_head_dim, name=self.name)
+            layers = layer_type_problems(config.get("layer_types"), sizes.blocks, KINDS) if self.layered else []
+            found += layers or self.oddities(config, sizes)
+        found += epsilon_problems(self.setting(config, "rms_norm_eps"))
+        values = {s: (self.setting(config, s.config), self.defaults.get(s.config)) for s in self.settings}
+        found += setting_problems(values) + self._unsupported(config)
+        rope, problems = self.read_rope(config)
+        if not problems and not self.states_rope and rope.theta != RUNTIME_THETA:
+            text = f"rope_theta is {rope.theta:g}; llama.cpp has {RUNTIME_THETA:g} built in for {self.name}"
+            problems = [Problem(text, "rope_theta", "config.json", rule="unsupported-config")]
+        return found + problems
+
+    def _unsupported(self, config: Mapping[str, Any]) -> list[Problem]:
+        key, built_in = self.activation
+        said = {key: self.setting(config, key)} if self.setting(config, key) != built_in else {}
+        said |= {name: config[name] for name in self.without if config.get(name)}
+        only = {key: f"; supported: {built_in}"}
+        return [
+            Problem(
+                f"{key} {value!r} is not supported for {self.name}{only.get(key, '')}",
+                key,
+                "config.json",
+                rule="unsupported-config",
+            )
+            for key, value in said.items()
+        ]
+
+    def oddities(self, config: Mapping[str, Any], sizes: Sizes) -> list[Problem]:
+        """What this family cannot do with a config whose sizes are sound, beyond what its data say."""
+        return []
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises InputRejected with every problem of a config."""
@@ -176,22 +181,55 @@ class Family(ABC):
         self.check(config)
         return self._sizes(config)
 
+    def read_rope(self, config: Mapping[str, Any]) -> tuple[Rope, list[Problem]]:
+        """The rotary embedding of a config and what is wrong with it."""
+        return read_rope(config, self.defaults["rope_theta"], self.rope_kinds, partial=self.partial_rope)
+
     def rope(self, config: Mapping[str, Any]) -> Rope:
         """The rotary embedding of a config. Raises InputRejected as `check` does."""
         self.check(config)
-        return read_rope(config, self.defaults["rope_theta"])[0]
+        return self.read_rope(config)[0]
 
-    @abstractmethod
-    def config_of_names(self, names: Collection[str]) -> Mapping[str, Any]:
-        """The settings of a config that a GGUF file says by having certain tensors: biases, tied heads."""
+    # --- patterns over blocks
+
+    def window(self, config: Mapping[str, Any]) -> int | None:
+        """Tokens that a sliding block looks back on, itself included; None where no block slides."""
+        return None
+
+    def kind(self, config: Mapping[str, Any], index: int) -> str:
+        """What kind of attention block `index` has where ``layer_types`` does not say."""
+        return "full"
+
+    def _kinds(self, config: Mapping[str, Any], blocks: int) -> tuple[str, ...]:
+        said = config.get("layer_types") if self.layered else None
+        return tuple(KINDS[said[i]] if said else self.kind(config, i) for i in range(blocks))
 
     def block_kinds(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """What kind of attention each block has; blocks may be dropped freely where all are equal."""
-        return ("full",) * self.sizes(config).blocks
+        """What kind of attention each block has: "full", "sliding", or "unrotated" (full, no rotary embedding)."""
+        return self._kinds(config, self.sizes(config).blocks)
+
+    def period(self, config: Mapping[str, Any]) -> int:
+        """After how many blocks their kinds repeat; 1 where all are equal, their number where nothing repeats."""
+        kinds = self.block_kinds(config)
+        return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds))))
+
+    def breaks_pattern(self, config: Mapping[str, Any], dropped: Collection[int]) -> bool:
+        """True if the blocks that are left would not repeat as before, so that no config and no runtime fits them."""
+        kinds, period = self.block_kinds(config), self.period(config)
+        kept = [kind for index, kind in enumerate(kinds) if index not in dropped]
+        return kept != [kinds[index % period] for index in range(len(kept))]
 
     def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """What a user should know: where the GGUF runtime will not compute what the model does."""
-        return ()
+        window, context = self.window(config), self.setting(config, "max_position_embeddings")
+        sliding = self.block_kinds(config).count("sliding")
+        if self.runs_windows or window is None or window >= context or not sliding:
+            return ()
+        return (
+            f"{sliding} blocks of this model attend to the last {window} tokens; llama.cpp has no windows for "
+            f"{self.gguf_arch} and attends to all tokens, so beyond a context of {window} the bundle computes "
+            "something else than the model",
+        )
 
     # --- the tensors
 
@@ -250,6 +288,11 @@ class Family(ABC):
 
     # --- GGUF
 
+    def stated_head_dim(self, config: Mapping[str, Any]) -> int | None:
+        """The width of heads that a file states; None leaves it to be hidden size over heads."""
+        value: int | None = self.setting(config, "head_dim")
+        return value
+
     def hyperparameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of the architecture that llama.cpp's converter writes for a config, in its order.
 
@@ -267,17 +310,18 @@ class Family(ABC):
         }
         if rope.kind == "linear":
             keys |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": rope.factor}
-        return keys | {
-            f"{arch}.rope.freq_base": rope.theta,
-            f"{arch}.attention.layer_norm_rms_epsilon": float(self.setting(config, "rms_norm_eps")),
-            f"{arch}.attention.key_length": sizes.head_dim,
-            f"{arch}.attention.value_length": sizes.head_dim,
-        }
+        if self.states_rope:
+            keys[f"{arch}.rope.freq_base"] = rope.theta
+        keys[f"{arch}.attention.layer_norm_rms_epsilon"] = float(self.setting(config, "rms_norm_eps"))
+        width = self.stated_head_dim(config)
+        if width is not None:
+            keys |= {f"{arch}.attention.key_length": width, f"{arch}.attention.value_length": width}
+        values = {s: self.setting(config, s.config) for s in self.settings}
+        return keys | {f"{arch}.{s.gguf}": s.kind(value) for s, value in values.items() if value is not None}
 
     def extra_tensors(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Tensors of a GGUF file that no checkpoint has, float32 (`Rope.divisors`)."""
-        divisors = self.rope(config).divisors(self.sizes(config).head_dim)
-        return {} if divisors is None else {"rope_freqs.weight": divisors}
+        """Tensors of a GGUF file that no checkpoint has, float32 (`Rope.tensors`)."""
+        return self.rope(config).tensors(self.sizes(config).head_dim)
 
     def config_from_gguf(self, metadata: Mapping[str, Any], divisors: np.ndarray | None = None) -> dict[str, Any]:
         """A config.json whose `hyperparameters` and `extra_tensors` are those of a GGUF file.
@@ -288,4 +332,11 @@ class Family(ABC):
         Whether heads are tied and biases exist is in the names of the tensors (`config_of_names`).
         Raises InputRejected for keys of the architecture that say something else than this family can.
         """
-        return read_config(self, metadata, divisors)
+        config = read_config(self, metadata, divisors)
+        config |= self.implied(config)
+        self.check(config)
+        return config
+
+    def implied(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Settings of a config that a GGUF file does not state because llama.cpp has them built in."""
+        return {}

@@ -4,8 +4,9 @@ The model is built on the meta device, where it has shapes and no numbers. Whate
 the hidden states (masks, rotary tables, positions) is captured from the model's own forward pass, run with
 recorders in place of its blocks; nothing of a model's arithmetic is written a second time here.
 
-Attention is torch's scaled dot product ("sdpa"), transformers' own default: its memory grows with the length of
-a sequence, that of "eager" with the square. Computation is float32 unless told otherwise.
+Attention is what transformers takes by default: torch's scaled dot product ("sdpa"), whose memory grows with the
+length of a sequence, or "eager", where it grows with the square, for models that cap their scores (Gemma 2).
+Computation is float32 unless told otherwise.
 
 Memory: one block, the rows of the embedding that a batch uses, the last norm; for logits also the head.
 """
@@ -67,9 +68,9 @@ def skeleton(config: Mapping[str, Any]) -> transformers.PreTrainedModel:
     """transformers' model of a config.json on the meta device; rotary tables are real."""
     settings = {k: copy.deepcopy(v) for k, v in config.items() if k not in ("torch_dtype", "dtype")}
     with accelerate.init_empty_weights():
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**settings), attn_implementation="sdpa"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
+    # only some rows of the embedding are there at a time, and that of the padding token may not be
+    model.get_input_embeddings().padding_idx = None
     return model.eval().requires_grad_(False)
 
 

@@ -148,10 +148,17 @@ def import_gguf(gguf: GgufFile, folder: Path, dtype: str = "f32", progress: Prog
         with progress.task("decoding the source", graph.parameters) as done:
             for shard, specs in _shards(graph).items():
                 if writer.finished(shard) is None:
-                    orders = {spec.name: family.row_order(spec, graph.config) for spec in specs}
-                    writer.write(shard, {s.name: decode_rows(gguf, s, orders[s.name], stored) for s in specs})
+                    writer.write(shard, {s.name: _decoded(gguf, family, graph, s, stored) for s in specs})
                 done(sum(spec.parameters for spec in specs))
         return writer.finish()
+
+
+def _decoded(gguf: GgufFile, family: Family, graph: ModelGraph, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    """A tensor as the checkpoint has it; norms are decoded and shifted in float32."""
+    order = family.row_order(spec, graph.config)
+    if spec.part != "norm" or not family.norm_offset:
+        return decode_rows(gguf, spec, order, dtype)
+    return (decode_rows(gguf, spec, order, torch.float32) - family.norm_offset).to(dtype)
 
 
 def _shards(graph: ModelGraph) -> dict[str, tuple[TensorSpec, ...]]:

@@ -53,12 +53,13 @@ def read_config(family: Family, metadata: Mapping[str, Any], divisors: np.ndarra
     """See `Family.config_from_gguf`."""
     arch = family.gguf_arch
     keys = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
+    known = KNOWN | {setting.gguf for setting in family.settings}
     problems = [
         Problem(
             f"{arch}.{key} is {str(keys[key])[:40]}; {family.name} has no such setting here", rule="unsupported-config"
         )
         for key in keys
-        if key not in KNOWN
+        if key not in known
     ]
     odd = [key for key in (*SIZES, *WIDTHS, "attention.head_count_kv", "vocab_size") if _odd(keys.get(key))]
     problems += [
@@ -90,19 +91,21 @@ def _config(
         key: metadata.get(f"tokenizer.ggml.{'padding' if key.startswith('pad') else key[:3]}_token_id")
         for key in TOKENS
     }
+    stated = "attention.key_length" in keys or "head_dim" in family.defaults or head_dim * heads != hidden
+    settings = {s.config: keys[s.gguf] for s in family.settings if s.gguf in keys}
     config: dict[str, Any] = {
         "architectures": list(family.architectures[:1]),
         "model_type": family.model_type,
         **{name: keys[key] for key, name in SIZES.items()},
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "hidden_act": family.defaults["hidden_act"],
+        **({"head_dim": head_dim} if stated else {}),
+        **dict([family.activation]),
+        **{key: shortest(value) if isinstance(value, float) else value for key, value in settings.items()},
         "rms_norm_eps": shortest(keys[EPSILON]),
         "vocab_size": keys.get("vocab_size", 0 if tokens is None else len(tokens)),
         **_rope(keys, head_dim, divisors).config(),
         **{key: value for key, value in special.items() if value is not None},
     }
-    family.check(config)
     return config
 
 

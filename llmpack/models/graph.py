@@ -16,7 +16,8 @@ class TensorSpec:
 
     name       in the checkpoint ("model.layers.0.self_attn.q_proj.weight")
     part       what it is, the word recipes use: embedding, output, norm, rope, bias,
-               attention.q, attention.k, attention.v, attention.o, ffn.gate, ffn.up, ffn.down
+               attention.q, attention.k, attention.v, attention.o, ffn.gate, ffn.up, ffn.down;
+               attention.qkv and ffn.gate_up where a model has them in one matrix
     shape      as in the checkpoint, [rows, columns] for matrices
     gguf_name  in a GGUF file ("blk.0.attn_q.weight"), or None where GGUF has none
     encoding   how it is stored now

@@ -5,11 +5,11 @@ Touvron et al. 2023, arXiv:2302.13971; Llama team 2024, arXiv:2407.21783
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llmpack.errors import Problem
-from llmpack.models.family import Family, Row
+from llmpack.models.family import Family
+from llmpack.models.tables import Row
 
 
 class Llama(Family):
@@ -53,30 +53,11 @@ class Llama(Family):
         "mlp_bias": False,
     }
 
-    def flags(self, config: Mapping[str, Any]) -> Collection[str]:
-        """Biases, and a head of its own."""
-        found = {key for key in ("attention_bias", "mlp_bias") if self.setting(config, key)}
-        return found if self.setting(config, "tie_word_embeddings") else found | {"untied"}
+    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3")
 
-    def oddities(self, config: Mapping[str, Any]) -> list[Problem]:
-        """llama.cpp's graph for this architecture has SiLU and whole rotated heads built in."""
-        found = []
-        act = self.setting(config, "hidden_act")
-        if act != "silu":
-            text = f"activation {act!r} is not supported for {self.name}; supported: silu"
-            found.append(Problem(text, "hidden_act", "config.json", rule="unsupported-config"))
-        if config.get("partial_rotary_factor") not in (None, 1, 1.0):
-            text = f"partial_rotary_factor {config['partial_rotary_factor']!r} is not supported for {self.name}"
-            found.append(Problem(text, "partial_rotary_factor", "config.json", rule="unsupported-config"))
-        return found
-
-    def config_of_names(self, names: Collection[str]) -> Mapping[str, Any]:
-        """Biases of the first block, and whether there is a head."""
-        return {
-            "tie_word_embeddings": "output.weight" not in names,
-            "attention_bias": "blk.0.attn_q.bias" in names,
-            "mlp_bias": "blk.0.ffn_up.bias" in names,
-        }
+    def stated_head_dim(self, config: Mapping[str, Any]) -> int | None:
+        """Always stated, since transformers' config always has it."""
+        return self.sizes(config).head_dim
 
     def hyperparameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The common keys, the vocabulary, and the width that is rotated (all of a head)."""

@@ -2,12 +2,14 @@
 
 Older configs write ``rope_theta`` and ``rope_scaling``, transformers 5 writes ``rope_parameters``. Kinds:
 
-    default   theta only
-    linear    every frequency divided by a factor (GGUF: two keys)
-    llama3    low frequencies divided by a factor, middle ones blended (GGUF: a tensor of divisors)
+    default    theta only
+    linear     every frequency divided by a factor (GGUF: two keys)
+    llama3     low frequencies divided by a factor, middle ones blended (GGUF: a tensor of divisors)
+    longrope   every frequency divided by a number of its own, one list for short contexts and one for long, and
+               rotated vectors made longer (GGUF: two tensors of divisors and a key)
 
-The other kinds (dynamic, yarn, longrope) are refused: GGUF or llama.cpp would compute something else
-than the model does, or nothing here has compared the two.
+A family says which of them llama.cpp knows for it. The others (dynamic, yarn) are refused: GGUF or llama.cpp would
+compute something else than the model does, or nothing here has compared the two.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 
 from llmpack.errors import Problem
 
-KINDS = ("default", "linear", "llama3")
+KINDS = ("default", "linear", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Rope:
     theta             base of the geometric series of frequencies
     factor            by how much positions are stretched (linear, llama3)
     low, high         wavelengths over ``original / low`` are stretched, under ``original / high`` left alone (llama3)
-    original          context length before stretching (llama3)
+    original          context length before stretching (llama3, longrope)
+    short, long       divisors of the frequencies in contexts up to `original` and beyond (longrope)
+    length            by what rotated vectors are multiplied (longrope)
+    fraction          part of a head that is rotated, its first features
     """
 
     theta: float
@@ -40,9 +45,17 @@ class Rope:
     low: float = 1.0
     high: float = 1.0
     original: int = 0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    length: float = 1.0
+    fraction: float = 1.0
+
+    def rotated(self, head_dim: int) -> int:
+        """Features of a head that are rotated."""
+        return int(self.fraction * head_dim)
 
     def config(self) -> dict[str, Any]:
-        """The keys of config.json, in the older spelling, which every reader of configs knows."""
+        """The keys of config.json, in the older spelling, which every reader of configs knows (not for longrope)."""
         scaling: dict[str, Any] | None = None
         if self.kind == "linear":
             scaling = {"rope_type": "linear", "factor": self.factor}
@@ -73,6 +86,14 @@ class Rope:
         long, short = wavelengths > f32(self.original / self.low), wavelengths < f32(self.original / self.high)
         return np.where(short, f32(1), np.where(long, f32(self.factor), blended)).astype(f32)
 
+    def tensors(self, head_dim: int) -> dict[str, np.ndarray]:
+        """The divisors as tensors of a GGUF file, float32."""
+        if self.kind == "longrope":
+            both = {"long": self.long, "short": self.short}
+            return {f"rope_factors_{name}.weight": np.array(values, np.float32) for name, values in both.items()}
+        divisors = self.divisors(head_dim)
+        return {} if divisors is None else {"rope_freqs.weight": divisors}
+
 
 def _positive(table: Mapping[str, Any], key: str, problems: list[Problem]) -> float:
     value = table.get(key)
@@ -82,32 +103,70 @@ def _positive(table: Mapping[str, Any], key: str, problems: list[Problem]) -> fl
     return float(value)
 
 
-def read_rope(config: Mapping[str, Any], default_theta: float = 10_000.0) -> tuple[Rope, list[Problem]]:
-    """The rotary embedding of a config and what is wrong with it; the Rope is usable only without problems."""
+def read_rope(
+    config: Mapping[str, Any],
+    default_theta: float = 10_000.0,
+    kinds: tuple[str, ...] = KINDS,
+    *,
+    partial: bool = False,
+) -> tuple[Rope, list[Problem]]:
+    """The rotary embedding of a config and what is wrong with it; the Rope is usable only without problems.
+
+    kinds    those that are supported
+    partial  whether a part of each head may be rotated
+    """
     problems: list[Problem] = []
     table = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(table, Mapping):
         return Rope(default_theta), [Problem(f"rope scaling is {table!r}, not a table", rule="config-range")]
     theta = _positive({"rope_theta": config.get("rope_theta", default_theta), **table}, "rope_theta", problems)
+    said = table.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    fraction = 1.0 if said is None else said
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1 or (fraction != 1 and not partial):
+        text = f"partial_rotary_factor {fraction!r} is not supported here"
+        problems.append(Problem(text, "partial_rotary_factor", "config.json", rule="unsupported-config"))
+        fraction = 1.0
     kind = table.get("rope_type", table.get("type", "default"))
-    if kind not in KINDS:
-        known = ", ".join(KINDS)
+    if kind not in kinds:
+        known = ", ".join(kinds)
         problems.append(Problem(f"rope type {kind!r} is not supported; supported: {known}", rule="unsupported-config"))
         return Rope(theta), problems
-    if kind == "default":
-        return Rope(theta), problems
+    readers = {"linear": _linear, "llama3": _llama3, "longrope": _longrope}
+    scaling = readers[kind](table, config, problems) if kind in readers else {}
+    return Rope(theta, kind, fraction=float(fraction), **scaling), problems
+
+
+def _linear(table: Mapping[str, Any], config: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    return {"factor": _positive(table, "factor", problems)}
+
+
+def _llama3(table: Mapping[str, Any], config: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    before = len(problems)
     factor = _positive(table, "factor", problems)
-    if kind == "linear":
-        return Rope(theta, "linear", factor), problems
     low, high = _positive(table, "low_freq_factor", problems), _positive(table, "high_freq_factor", problems)
     original = _positive(table, "original_max_position_embeddings", problems)
-    if not problems and high <= low:
-        problems.append(
-            Problem(
-                f"high_freq_factor {high:g} is not above low_freq_factor {low:g}", "rope_scaling", rule="config-range"
-            )
-        )
-    return Rope(theta, "llama3", factor, low, high, int(original)), problems
+    if len(problems) == before and high <= low:
+        text = f"high_freq_factor {high:g} is not above low_freq_factor {low:g}"
+        problems.append(Problem(text, "rope_scaling", rule="config-range"))
+    return {"factor": factor, "low": low, "high": high, "original": int(original)}
+
+
+def _longrope(table: Mapping[str, Any], config: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Ding et al. 2024, arXiv:2402.13753; how much longer rotated vectors get is section 3.3 there."""
+    whole = {**config, **table}
+    lists = {}
+    for name in ("short", "long"):
+        values = table.get(f"{name}_factor")
+        entries = values if isinstance(values, list) and values else [None]
+        lists[name] = tuple(_positive({f"{name}_factor": entry}, f"{name}_factor", problems) for entry in entries)
+    original = int(_positive(whole, "original_max_position_embeddings", problems))
+    longest = _positive(config, "max_position_embeddings", problems)
+    factor = longest / max(original, 1) if table.get("factor") is None else _positive(table, "factor", problems)
+    if table.get("attention_factor") is not None:
+        length = _positive(table, "attention_factor", problems)
+    else:
+        length = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return {**lists, "original": original, "length": length}
 
 
 def rope_of_divisors(theta: float, head_dim: int, divisors: np.ndarray) -> Rope | None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmpack.models import family_of
-from llmpack.models.family import Sizes
 from llmpack.models.graph import ModelGraph
+from llmpack.models.tables import Sizes
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target import memory_model as model
 from llmpack.target.budget import Evidence, Finding, LimitName

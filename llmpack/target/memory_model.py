@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmpack.models.family import Sizes
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.models.tables import Sizes
 from llmpack.runtime.settings import RuntimeSettings
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}

@@ -86,8 +86,13 @@ def test_defaults_are_those_of_transformers():
 
     for _, family in FAMILIES.items():
         theirs = CONFIG_MAPPING[family.model_type]()
+        rope = theirs.rope_parameters
+        bases = {
+            "rope_theta": rope.get("full_attention", rope)["rope_theta"],
+            "rope_local_base_freq": rope.get("sliding_attention", rope)["rope_theta"],
+        }
         for key, value in family.defaults.items():
-            expected = theirs.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(theirs, key, False)
+            expected = bases[key] if key in bases else getattr(theirs, key, False)
             assert value == expected, (family.name, key)
 
 
