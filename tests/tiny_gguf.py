@@ -92,11 +92,16 @@ def write_tiny_gguf(
     return path
 
 
-def write_empty_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType, *, tied: bool) -> Path:
-    """A Llama of any size, its weights all zero and its file sparse: memory and time are those of a real one."""
+def write_empty_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType, *, tied: bool, window: int = 0) -> Path:
+    """A Llama of any size (a Gemma 2 with a window), its weights all zero and its file sparse: memory and time are those of a real one."""
     width, hidden, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
+    head = config.get("head_dim", width // config["num_attention_heads"])
+    q, kv = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    writer = gguf.GGUFWriter(path, "gemma2" if window else "llama")
+    if window:
+        writer.add_sliding_window(window)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(width)
     writer.add_block_count(config["num_hidden_layers"])
@@ -117,9 +122,10 @@ def write_empty_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType, 
         shapes |= {
             f"blk.{block}.{name}.weight": shape
             for name, shape in {
-                "attn_norm": (width,), "attn_q": (width, width), "attn_k": (kv, width), "attn_v": (kv, width),
-                "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (hidden, width),
+                "attn_norm": (width,), "attn_q": (q, width), "attn_k": (kv, width), "attn_v": (kv, width),
+                "attn_output": (width, q), "ffn_norm": (width,), "ffn_gate": (hidden, width),
                 "ffn_up": (hidden, width), "ffn_down": (width, hidden),
+                **({"post_attention_norm": (width,), "post_ffw_norm": (width,)} if window else {}),
             }.items()
         }  # fmt: skip
     end = 0

@@ -70,6 +70,7 @@ class Session:
         params.type_k = params.type_v = GGML_TYPE[self.settings["kv"]]
         params.flash_attn_type = FLASH_ATTENTION[self.settings["flash_attention"]]
         params.offload_kqv = params.op_offload = False
+        params.swa_full = False  # windows keep what they see and no more, as llama.cpp's own programs have it
         params.no_perf = True
         self.context = self.api.llama_init_from_model(self.model, params)
         if not self.context:

@@ -9,6 +9,7 @@ it can fail a budget, and passes one only where that is asked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,13 +147,13 @@ def estimate(
     sets = device.instruction_sets
     weights = model.weights(graph, sets or frozenset())
     load = effective_load(settings)
-    terms = _terms(sizes, settings, weights, load, context)
+    terms = _terms(graph.config, settings, weights, load, context)
     memory = sum(term.nbytes for term in terms)
     other = "no-mmap" if load == "mmap" else "mmap"
     assumptions, missing = [], {}
     if sets is None:
         assumptions.append(f"the instruction sets of {device.name} are unknown: no repacked copies are counted")
-    decode, note = _decode(graph, sizes, settings, device, context)
+    decode, note = _decode(graph, settings, device, context)
     if decode is None:
         missing["decode"] = note
     elif note:
@@ -186,19 +187,21 @@ def effective_load(settings: RuntimeSettings) -> str:
 
 
 def _terms(
-    sizes: Sizes, settings: RuntimeSettings, weights: model.Weights, load: str, context: int
+    config: Mapping[str, Any], settings: RuntimeSettings, weights: model.Weights, load: str, context: int
 ) -> tuple[Term, ...]:
+    sizes = family_of(config).sizes(config)
     mapped = load == "mmap"
     kept = weights.stored - (0 if mapped else weights.replaced)
     copied = "repacked for the processor's kernels" + (", beside the mapped originals" if mapped else "")
-    tokens = model.padded(context)
+    tokens = model.cache_tokens(config, settings, context)
+    seen = f"{max(tokens)}" if len({*tokens}) == 1 else f"{min(tokens)} to {max(tokens)}"
     return (
         Term("weights", kept, "pages of the mapped file" if mapped else "read into memory"),
         *([Term("repacked weights", weights.repacked, copied)] if weights.repacked else []),
         Term(
             "KV cache",
-            model.cache_bytes(sizes, settings, context),
-            f"2 x {sizes.blocks} blocks x {sizes.kv_heads} heads x {sizes.head_dim} x {tokens} tokens in {settings.kv}",
+            model.cache_bytes(config, settings, context),
+            f"2 x {sizes.blocks} blocks x {sizes.kv_heads} heads x {sizes.head_dim} x {seen} tokens in {settings.kv}",
         ),
         Term(
             "scratch", model.scratch_bytes(sizes, settings, context), f"activations of {settings.ubatch} tokens at once"
@@ -208,14 +211,12 @@ def _terms(
     )
 
 
-def _decode(
-    graph: ModelGraph, sizes: Sizes, settings: RuntimeSettings, device: Device, context: int
-) -> tuple[Interval | None, str]:
+def _decode(graph: ModelGraph, settings: RuntimeSettings, device: Device, context: int) -> tuple[Interval | None, str]:
     """Tokens per second, and what was assumed; or None and why."""
     bandwidth = device.figures.bandwidth
     if bandwidth is None:
         return None, f"the bandwidth of {device.name} is unknown"
-    touched = touched_bytes(graph) + model.cache_bytes(sizes, settings, context)
+    touched = touched_bytes(graph) + model.cache_bytes(graph.config, settings, context)
     if device.figures.decode_efficiency:
         share, error, note = device.figures.decode_efficiency.value, SPEED_ERROR, ""
     else:

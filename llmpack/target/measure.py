@@ -120,7 +120,7 @@ class Measurement:
 
     @property
     def noise(self) -> dict[LimitName, str]:
-        """The timings that are no evidence, and why."""
+        """The timings that are no evidence, and why: spread, or a start that was not cold."""
         found: dict[LimitName, str] = {}
         timings: tuple[tuple[LimitName, Samples], ...] = (
             ("prefill", self.prefill),
@@ -132,6 +132,10 @@ class Measurement:
             if samples.cv > NOISY_CV:
                 text = f"noisy: spread {samples.cv:.0%} after {len(self.rounds)} rounds"
                 found[name] = f"{text}, other processes took {other:.0%} of the processor" if other > 0.05 else text
+        if not self.cold:
+            known = self.cold is not None
+            found["load"] = "the file was still cached" if known else "this system does not tell what it has cached"
+            found["load"] += "; the start was not cold" if known else "; the start may not have been cold"
         return found
 
     @property
@@ -166,7 +170,7 @@ class Measurement:
         rates = f"p10 of {count} repetitions, median "
         return [
             finding("memory", self.memory.peak, f"peak with load = {self.opened.load}"),
-            finding("load", self.load, "cold start" if self.cold else "the file may have been cached"),
+            finding("load", self.load, "cold start"),
             finding("prefill", self.prefill.p10, f"{rates}{self.prefill.median:.4g}"),
             finding("decode", self.decode.p10, f"{rates}{self.decode.median:.4g}"),
             finding("first_token", self.first_token.p90, f"p90 of {count}, median {self.first_token.median:.4g} s"),

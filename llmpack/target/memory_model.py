@@ -1,7 +1,7 @@
 """What llama.cpp takes of memory, term by term, from shapes and settings alone.
 
 Sources: llama.cpp at 0c1e57098: ``ggml/src/ggml-cpu/repack.cpp`` (which types are repacked),
-``src/llama-kv-cache.cpp`` (the cache), ``src/llama-model-loader.cpp`` (what is mapped). The compute
+``src/llama-kv-cache.cpp`` and ``-iswa.cpp`` (the cache), ``src/llama-model-loader.cpp`` (what is mapped). The compute
 term is what a run really touches of the scratch buffer, which is far less than what is reserved (the
 reservation holds logits for every token of a batch); it was fitted to 40 runs over six shapes
 (width 576 to 4096, vocabulary 32k to 152k), four batch sizes and contexts of 512 to 4096, with an error of at
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from llmpack.models import family_of
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.models.tables import Sizes
 from llmpack.runtime.settings import RuntimeSettings
@@ -88,12 +90,18 @@ def padded(context: int) -> int:
     return -(-context // CONTEXT_PADDING) * CONTEXT_PADDING
 
 
-def cache_bytes(sizes: Sizes, settings: RuntimeSettings, context: int) -> int:
-    """Bytes of the KV cache, keys and values of every block.
+def cache_tokens(config: Mapping[str, Any], settings: RuntimeSettings, context: int) -> tuple[int, ...]:
+    """Tokens that the KV cache holds for each block: all, or a window and one batch where the runtime has windows."""
+    family = family_of(config)
+    window = family.window(config) if family.runs_windows else None
+    full = padded(context)
+    short = full if window is None else padded(min(full, window + settings.ubatch))
+    return tuple(short if kind == "sliding" else full for kind in family.block_kinds(config))
 
-    GGUF's llama architecture has no sliding windows, so every block keeps the whole context.
-    """
-    numbers = 2 * sizes.blocks * sizes.kv_rows * padded(context)
+
+def cache_bytes(config: Mapping[str, Any], settings: RuntimeSettings, context: int) -> int:
+    """Bytes of the KV cache, keys and values of every block."""
+    numbers = 2 * family_of(config).sizes(config).kv_rows * sum(cache_tokens(config, settings, context))
     return int(numbers * KV_BYTES[settings.kv])
 
 

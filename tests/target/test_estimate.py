@@ -36,16 +36,12 @@ def graph_of(config, linear, embedding=None):
     return family_of(config).graph(config).with_encodings(encoding)
 
 
-def sizes_of(config):
-    return family_of(config).sizes(config)
-
-
 @pytest.mark.parametrize(
     ("kv", "context", "mebibytes"), [("f16", 4096, 512), ("q8_0", 8192, 544), ("q4_0", 8192, 288), ("f16", 4000, 512)]
 )
 def test_the_cache_of_an_8b_model(kv, context, mebibytes):
     """The figures of llama.cpp for 32 blocks with 8 heads of 128."""
-    assert memory_model.cache_bytes(sizes_of(LLAMA_8B), RuntimeSettings(kv=kv), context) == mebibytes * MIB
+    assert memory_model.cache_bytes(LLAMA_8B, RuntimeSettings(kv=kv), context) == mebibytes * MIB
 
 
 def test_weights_by_processor_and_load_mode():
@@ -128,12 +124,38 @@ def test_the_estimate_of_memory_holds_on_this_machine(tmp_path, kind, options, c
         runtime.time_prefill([7] * (context - 8))
         runtime.time_decode([5] * 2)
         peak = runtime.memory().peak
-    cache = memory_model.cache_bytes(sizes_of(graph.config), settings, context)
+    cache = memory_model.cache_bytes(graph.config, settings, context)
     assert opened.buffers["KV.CPU"] == pytest.approx(cache, abs=0.01 * MIB)
     assert opened.buffers.get("model.CPU_REPACK", 0) == pytest.approx(
         memory_model.weights(graph, device("host").instruction_sets).repacked, abs=0.1 * MIB
     )
     assert expected.memory.value == pytest.approx(peak, rel=MEMORY_ERROR)
+
+
+GEMMA2 = {
+    "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 4000, "hidden_size": 256,
+    "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 256, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6, "torch_dtype": "float32", "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("ubatch", "context"), [(512, 2048), (128, 2048), (512, 512)])
+def test_windows_shorten_the_cache_as_in_llama_cpp(tmp_path, ubatch, context):
+    path = tiny_gguf.write_empty_gguf(
+        tmp_path / "gemma.gguf", GEMMA2, gguf.GGMLQuantizationType.F16, tied=True, window=256
+    )
+    settings = RuntimeSettings(threads=1, ubatch=ubatch)
+    tokens = memory_model.cache_tokens(GEMMA2, settings, context)
+    assert len({*tokens}) == (1 if context == 512 else 2)
+    with LlamaRuntime() as runtime:
+        opened = runtime.open(path, settings, context)
+        runtime.time_prefill([7] * (context - 8))
+        assert min(runtime.time_decode([5] * 8) + runtime.time_decode([5] * 8)) > 0
+    assert opened.buffers["KV.CPU"] == pytest.approx(
+        memory_model.cache_bytes(GEMMA2, settings, context), abs=0.02 * MIB
+    )
 
 
 def test_cures_begin_with_what_costs_nothing():

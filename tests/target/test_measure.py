@@ -65,6 +65,7 @@ def quiet(measured: Measurement) -> Measurement:
         prefill=Samples(prefill),
         decode=Samples((100.0,) * 5),
         first_token=Samples(calm.prefill),
+        cold=True,
     )
 
 
@@ -90,6 +91,14 @@ def test_noise_is_no_evidence(measured):
     verdict = judge(Budget(decode="1 tok/s", prefill="1 tok/s"), wild.findings(), measured.device)
     assert [row.status for row in verdict.rows] == ["UNMEASURED", "PASS"]
     assert verdict.rows[0].reason.startswith("noisy: spread")
+
+
+@pytest.mark.parametrize(("cold", "words"), [(False, "was still cached"), (None, "does not tell")])
+def test_a_start_that_was_not_cold_is_no_evidence(measured, cold, words):
+    found = {f.limit: f for f in replace(quiet(measured), cold=cold).findings()}
+    assert not found["load"].usable
+    assert words in found["load"].reason
+    assert found["memory"].usable
 
 
 def test_the_file_leaves_the_cache_before_the_load(path, measured):
