@@ -22,7 +22,6 @@ from llmpack.units import format_rate, format_size
 LADDER = ("f32", "f16", "q8_0", "q6_k", "q5_1", "q5_k", "iq4_nl", "q3_k")
 """Encodings from fine to coarse: of those with fewer bits than a tensor has, the first that its rows allow is next."""
 ENCODABLE = ("embedding", "output")
-FLOATS = ("f32", "f16", "bf16")
 SMALL_BATCH = 128
 
 
@@ -111,7 +110,7 @@ def _encodings(graph: ModelGraph) -> Iterator[tuple[int, str, ModelGraph]]:
             names = frozenset(spec.name for spec in chosen if spec.encoding == encoding)
             coarser = _coarser(encoding, {graph[name].shape[-1] for name in names})
             if coarser is not None:
-                rank = 3 if encoding in FLOATS else 4
+                rank = 3 + LADDER.index(coarser)  # the coarser the result, the more it costs
                 yield rank, f"{part} {encoding} -> {coarser}", _encoded(graph, names, coarser)
 
 

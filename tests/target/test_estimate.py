@@ -187,7 +187,9 @@ def test_a_row_that_no_k_quant_holds_gets_another_cure():
 
 
 def test_cures_for_speed_and_for_what_has_none():
-    cure = cures(graph_of(LLAMA_8B, "q8_0"), RuntimeSettings(), PI, 2048)
+    graph = graph_of(LLAMA_8B, "q8_0")
+    assert cures(graph, RuntimeSettings(), PI, 2048)("decode", 0.01).startswith('kv = "q8_0" gains ')
+    cure = cures(graph, RuntimeSettings(kv="q8_0"), PI, 2048)
     assert " -> q6_k gains " in cure("decode", 0.01)
     assert cure("first_token", 1.0) == ""
     assert cure("quality.kl", 0.1) == ""
