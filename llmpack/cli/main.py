@@ -78,7 +78,7 @@ def build(
     from llmpack.pipeline.build import build_bundle
 
     made = build_bundle(_order(recipe, out, set, cache, no_wait, offline))
-    session.answer(made.document(), lambda: show_built(made))
+    session.answer(made.summary(), lambda: show_built(made))
 
 
 @app.command()
@@ -89,20 +89,22 @@ def plan(
     set: Overrides = None,
     cache: CacheFolder = None,
     offline: Offline = False,
-) -> None:
+) -> int:
     """Show what a build would make: exact bytes, expected memory and speed, what is cached. Reads headers only."""
     from llmpack.cli.show import show_plan
+    from llmpack.errors import BudgetMissed
     from llmpack.pipeline.build import plan_bundle
 
     planned = plan_bundle(_order(recipe, Path("bundles"), set, cache, False, offline))
-    session.answer(planned.document(), lambda: show_plan(planned))
+    session.answer(planned.plan.document(), lambda: show_plan(planned))
+    return BudgetMissed.exit_code if planned.plan.misses else 0
 
 
 @app.command()
 @command
 def check(
     session: Session,
-    bundle: BundlePath,
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, or a GGUF file.", show_default=False)],
     budget: Limits = None,
     device: Annotated[str | None, typer.Option("--device", help="Judge for another device (`host`: this one).")] = None,
     accept: Annotated[str | None, typer.Option("--accept", help="`estimate`: computed figures are enough.")] = None,
@@ -113,7 +115,7 @@ def check(
     from llmpack.errors import BudgetMissed
     from llmpack.pipeline.check import check_bundle
 
-    checked = check_bundle(bundle, _cache(cache), limits=tuple(budget or ()), device=device, accept=accept)
+    checked = check_bundle(bundle, _cache(cache), limits=tuple(budget or ()), device_name=device, accept=accept)
     session.answer(checked.document(), lambda: show_verdict(checked.verdict, checked.title))
     return 0 if checked.passed else BudgetMissed.exit_code
 

@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmpack.errors import EnvironmentProblem, LlmpackError, Problem
+from llmpack.errors import BudgetMissed, EnvironmentProblem, LlmpackError, Problem
+
+if TYPE_CHECKING:
+    from llmpack.target.budget import Verdict
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -52,7 +55,18 @@ def describe(error: LlmpackError) -> dict[str, Any]:
             for p in problems
             if isinstance(p, Problem)
         ]
+    verdict = _verdict(error)
+    if verdict is not None:
+        found["verdict"] = verdict.to_json()
     return {"error": found}
+
+
+def _verdict(error: LlmpackError) -> Verdict | None:
+    if not isinstance(error, BudgetMissed):
+        return None
+    from llmpack.target.budget import Verdict
+
+    return error.verdict if isinstance(error.verdict, Verdict) else None
 
 
 @contextmanager
@@ -78,6 +92,11 @@ def conduct(session: Session, command: Callable[[], int | None]) -> int:
         if session.json:
             print(json.dumps(describe(error), indent=2, ensure_ascii=False))
         print(f"llmpack: {_headline(error)}", file=sys.stderr)
+        verdict = _verdict(error)
+        if verdict is not None:
+            from llmpack.cli.show import verdict_lines
+
+            print("\n".join(verdict_lines(verdict)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llmpack: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)

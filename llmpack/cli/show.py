@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from llmpack.units import format_size
 
 if TYPE_CHECKING:
+    from llmpack.pipeline.evaluate import Evaluated
     from llmpack.pipeline.inspection import Inspection
+    from llmpack.pipeline.state import Build
+    from llmpack.target.budget import Verdict
 
 _NUMBER = re.compile(r"-?[\d,.]*( [kKMGT]?i?B)?")
 _COLOURS = {"PASS": "32", "FAIL": "31", "UNMEASURED": "33"}
@@ -69,3 +72,74 @@ def show_inspection(found: Inspection, tensors: bool) -> None:
     print()
     for key, value in found.facts.items():
         print(f"{key} = {value}")
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """A verdict as columns, with what would mend each row that is not kept."""
+    from llmpack.pipeline.contents import verdict_rows
+
+    head = ("limit", "wanted", "found", "status", "by")
+    body = columns([head, *verdict_rows(verdict)])
+    lines = [body[0]]
+    for line, row in zip(body[1:], verdict.rows, strict=True):
+        start = line.index(f"  {row.status}") + 2
+        lines.append(line[:start] + coloured(row.status) + line[start + len(row.status) :])
+    for row in verdict.rows:
+        if row.status != "PASS":
+            lines.append(
+                f"  {row.limit}: {row.reason or 'the limit is not kept'}" + (f"; {row.cure}" if row.cure else "")
+            )
+    return lines
+
+
+def show_verdict(verdict: Verdict, title: str) -> None:
+    """A verdict and what it comes to."""
+    print(title)
+    print("\n".join(verdict_lines(verdict)))
+
+
+def show_plan(build: Build) -> None:
+    """What a build would do and make."""
+    plan = build.plan
+    source = build.origin.graph
+    print(f"{build.recipe.name}: {source.family}, {source.parameters:,} parameters, {source.block_count} blocks")
+    print(f"model file: {plan.nbytes:,} bytes ({format_size(plan.nbytes)}), {plan.bits_per_weight:.3f} bits per weight")
+    rows = [
+        {"step": step.step.use, "makes": ", ".join(_encodings(step.graph)), "state": step.state} for step in plan.steps
+    ]
+    show_table(rows)
+    print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
+    terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in plan.estimate.terms]
+    show_table([*terms, {"part": "in all", "size": format_size(plan.estimate.memory.value), "why": ""}])
+    for need in plan.disk_needs:
+        print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
+    for note in plan.estimate.assumptions:
+        print(f"note: {note}")
+    if plan.verdict.rows:
+        print()
+        show_verdict(plan.verdict, f"budget, by the estimate alone, for {plan.verdict.device}:")
+
+
+def _encodings(graph: Any) -> list[str]:
+    return list(dict.fromkeys(spec.encoding for spec in graph.tensors if len(spec.shape) > 1))
+
+
+def show_built(build: Build) -> None:
+    """A finished bundle."""
+    artifact, verdict = build.artifact, build.verdict
+    bits = build.plan.bits_per_weight
+    print(f"{build.final}: {format_size(artifact.nbytes)}, {bits:.3f} bits per weight, sha256 {artifact.sha256}")
+    word = "PASS" if verdict.passes else "FAIL"
+    show_verdict(verdict, f"verdict for {verdict.device} at {verdict.context} tokens of context: {coloured(word)}")
+    for note in build.observed.notes:
+        print(f"note: {note}")
+
+
+def show_quality(found: Evaluated) -> None:
+    """A comparison with the source."""
+    report = found.report
+    print(f"{found.path} against its source on {report['tokens']} tokens of {', '.join(found.text)}:")
+    spread = f"p99 {report['p99']:.3f}, max {report['max']:.3f} nats"
+    print(f"KL divergence  mean {report['mean']:.4f} +- {report['stderr']:.4f}, {spread}")
+    print(f"same top token {report['top1']:.2%}")
+    print(f"perplexity     {report['ppl_ratio']:.4f} of the source's")

@@ -182,6 +182,11 @@ class Cache:
                 os.utime(folder)
             yield Slot(kind, key, folder, facts, entry)
 
+    def remember(self, kind: str, facts: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Keep a result that has no files; one that is there already is replaced."""
+        with self.claim(kind, facts, f"{kind} {facts.get('name', '')}".strip()) as slot:
+            slot.finish(result)
+
     @contextmanager
     def lock(self, name: str, what: str) -> Iterator[None]:
         """One process at a time. Raises Busy, or waits and says for whom."""

@@ -71,9 +71,7 @@ class Text:
             key = (self.name, "text")
             problems = [Problem(p.message, ".".join(key), self.document.where(key)) for p in error.problems]
             raise RecipeError(problems) from error
-        with cache.claim(CORPUS, self.facts(), f"the {self.name} text") as slot:
-            if slot.entry is None:
-                slot.finish({"digest": corpus.digest})
+        cache.remember(CORPUS, self.facts(), {"digest": corpus.digest})
         return corpus
 
 

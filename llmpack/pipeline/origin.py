@@ -91,7 +91,7 @@ def _imported(gguf: GgufFile, dtype: str, cache: Cache) -> Checkpoint:
     from llmpack.models.from_gguf import import_gguf
 
     known = [name for name in gguf.encodings if name in ENCODINGS]  # the import refuses the others by name
-    facts = import_facts(_file_digest(gguf, cache), dtype, known)
+    facts = import_facts(file_digest(gguf, cache), dtype, known)
     with cache.claim(SOURCE, facts, f"the source {gguf.path.name}") as slot:
         if slot.entry is not None:
             return Checkpoint.reopen(slot.content)
@@ -100,7 +100,8 @@ def _imported(gguf: GgufFile, dtype: str, cache: Cache) -> Checkpoint:
         return checkpoint
 
 
-def _file_digest(gguf: GgufFile, cache: Cache) -> str:
+def file_digest(gguf: GgufFile, cache: Cache) -> str:
+    """Hex sha256 of a GGUF file; remembered while the file does not change."""
     facts = {"name": "file digest", "files": [file_facts(gguf.path)]}
     with cache.claim(DIGEST, facts, f"the digest of {gguf.path.name}") as slot:
         if slot.entry is not None:

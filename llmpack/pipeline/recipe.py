@@ -180,6 +180,9 @@ def _contradictions(recipe: Recipe, document: TomlDocument) -> list[Problem]:
         if section is not None and section.tokens < section.length:
             message = f"{section.tokens} tokens are less than one sequence of {section.length}"
             problems.append(document.problem((key, "tokens"), message))
+    if recipe.budget.quality is not None and recipe.evaluation is None:
+        message = "quality is judged on text; add an [evaluation] section that names some"
+        problems.append(document.problem(("budget", "quality"), message))
     if recipe.calibration and recipe.evaluation:
         shared = sorted(set(recipe.calibration.text) & set(recipe.evaluation.text))
         if shared:

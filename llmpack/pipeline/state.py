@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.evidence import Subject
 from llmpack.progress import QUIET, Progress
+from llmpack.target.measure import STANDARD, Protocol
 
 if TYPE_CHECKING:
     from llmpack.checkpoint.checkpoint import Checkpoint
     from llmpack.formats.bundle import Bundle
     from llmpack.formats.readback import ReadBack
     from llmpack.pipeline.corpora import Text
+    from llmpack.pipeline.manifest import Observed
     from llmpack.pipeline.origin import Origin
     from llmpack.pipeline.plan import Plan
     from llmpack.pipeline.recipe import Recipe
     from llmpack.pipeline.toml_positions import TomlDocument
-    from llmpack.target.budget import Verdict
+    from llmpack.target.budget import Finding, Verdict
 
 
 class _Later:
@@ -41,6 +44,7 @@ class Order:
     out        folder in which the bundle's folder is to appear
     overrides  ``path=value`` changes of the recipe
     offline    touch no network
+    protocol   how long is measured
     """
 
     recipe: Path
@@ -49,6 +53,7 @@ class Order:
     overrides: tuple[str, ...] = ()
     offline: bool = False
     progress: Progress = QUIET
+    protocol: Protocol = STANDARD
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ class Build:
     run        source (digest), corpora (digests), checkpoint, steps
     write      workspace, artifact
     read_back  checked
-    measure    findings, evidence
-    judge      verdict
+    measure    findings, reports
+    judge      verdict, observed
     record     bundle
     """
 
@@ -107,7 +112,10 @@ class Build:
     workspace: Path = LATER
     artifact: Artifact = LATER
     checked: ReadBack = LATER
+    findings: tuple[Finding, ...] = ()
+    reports: Mapping[str, Any] = field(default_factory=dict)
     verdict: Verdict = LATER
+    observed: Observed = LATER
     bundle: Bundle = LATER
 
     @property
@@ -121,6 +129,21 @@ class Build:
         return self.order.cache
 
     @property
+    def subject(self) -> Subject:
+        """The model file and how it is run."""
+        return Subject(self.artifact.path, self.artifact.sha256, self.recipe.runtime)
+
+    @property
     def final(self) -> Path:
         """The bundle's folder, once it is published."""
         return self.order.out / self.recipe.name
+
+    def summary(self) -> dict[str, Any]:
+        """The finished bundle as JSON values."""
+        return {
+            "bundle": str(self.final),
+            "model": {"file": self.artifact.path.name, "bytes": self.artifact.nbytes, "sha256": self.artifact.sha256},
+            "steps": [{"use": step.use, "key": step.key, "cached": step.cached} for step in self.steps],
+            "verdict": self.verdict.to_json(),
+            "notes": list(self.observed.notes),
+        }

@@ -153,7 +153,9 @@ def test_missing_things_say_what_they_are():
 
 
 def test_the_checked_in_schema_is_current():
-    assert (RECIPES / "recipe.schema.json").read_text() == schema_text(), "run: llmpack schema > recipes/recipe.schema.json"
+    assert (RECIPES / "recipe.schema.json").read_text() == schema_text(), (
+        "run: llmpack schema > recipes/recipe.schema.json"
+    )
 
 
 def test_the_schema_is_good_for_editors_of_draft_4_and_draft_7():

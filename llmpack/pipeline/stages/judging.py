@@ -1,0 +1,87 @@
+"""Stage 8, judge: the budget against everything that was found. A bundle that misses it is not published."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from llmpack.errors import BudgetMissed
+from llmpack.formats.bundle import copy_licences
+from llmpack.pipeline.contents import bundle_usage, small_files
+from llmpack.pipeline.manifest import Observed
+from llmpack.pipeline.state import Build
+from llmpack.target.budget import Evidence, Finding, Verdict
+from llmpack.target.budget import judge as judge_budget
+from llmpack.target.cure import cures
+from llmpack.units import format_size
+
+_ROUNDS = 8
+
+
+def judge(build: Build) -> Build:
+    """Fill in `verdict` and `observed`. Raises BudgetMissed with the verdict."""
+    names = copy_licences(build.origin.located.licence.files, build.workspace)
+    licences = [build.workspace / name for name in names]
+    made_at = datetime.now(UTC).isoformat(timespec="seconds")
+    observed = _judged(build, build.artifact.nbytes, made_at)
+    for _ in range(_ROUNDS):  # the verdict states the size of the bundle that it lies in
+        usage = bundle_usage(build, small_files(build, observed), licences)
+        before, observed = observed, _judged(build, usage, made_at)
+        if observed == before:
+            break
+    if not observed.verdict.passes:
+        raise BudgetMissed(_headline(observed.verdict), observed.verdict)
+    return replace(build, verdict=observed.verdict, observed=observed)
+
+
+def _judged(build: Build, usage: int, made_at: str) -> Observed:
+    """Everything that was found, and the verdict on it, for a bundle that takes `usage` bytes of disk."""
+    recipe, planned = build.recipe, build.plan
+    evidence = Evidence(
+        kind="measurement",
+        artifact=build.artifact.sha256,
+        device=planned.device.fingerprint,
+        machine=planned.device.description,
+    )
+    disk = Finding(
+        limit="disk", value=usage, best=usage, evidence=evidence, reason="the whole bundle, in blocks of 4 KiB"
+    )
+    findings = (*build.findings, disk)
+    guesses = [f for f in planned.estimate.findings(build.artifact.sha256) if f.limit != "disk"]
+    verdict = judge_budget(
+        recipe.budget,
+        (*guesses, *findings),
+        planned.device,
+        accept=recipe.target.accept,
+        cure=cures(planned.graph, recipe.runtime, planned.device, recipe.budget.context),
+        missing=planned.estimate.missing,
+    )
+    return Observed(
+        made_at=made_at,
+        findings=findings,
+        reports=dict(build.reports),
+        estimate=planned.estimate.to_json(),
+        verdict=verdict,
+        notes=_notes(build, verdict),
+    )
+
+
+def _notes(build: Build, verdict: Verdict) -> tuple[str, ...]:
+    """What a user of the bundle should know."""
+    notes = list(build.checked.notes)
+    if build.origin.dequantized:
+        kinds = ", ".join(f"{count} tensors of {name}" for name, count in build.origin.dequantized.items())
+        notes.append(f"the source was quantized already ({kinds}); what that lost is not counted here")
+    if verdict.on_estimates:
+        notes.append(f"some limits pass on an estimate alone: nothing was measured on {verdict.device}")
+    load, nbytes = build.plan.estimate.other_load
+    notes.append(f'with load = "{load}" about {format_size(nbytes)} of memory (estimate)')
+    return tuple(notes)
+
+
+def _headline(verdict: Verdict) -> str:
+    missed = [row for row in verdict.rows if row.status != "PASS"]
+    failed = sum(row.status == "FAIL" for row in missed)
+    parts = [f"{failed} of {len(verdict.rows)} limits missed"] if failed else []
+    parts += [f"{len(missed) - failed} not measured"] if len(missed) > failed else []
+    return f"{', '.join(parts)}; nothing was published, finished work is kept"

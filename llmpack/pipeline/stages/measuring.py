@@ -1,0 +1,70 @@
+"""Stage 7, measure: memory and speed in a fresh process, and quality against the source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmpack.pipeline.corpora import Text, require_disjoint
+from llmpack.pipeline.evidence import Original, measurement, needs_measuring, quality
+from llmpack.pipeline.plan import is_host
+from llmpack.pipeline.state import Build
+from llmpack.target.budget import Finding, judge
+from llmpack.target.device import HOST, device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def measure(build: Build) -> Build:
+    """Fill in `findings` and `reports`.
+
+    Speed and memory are measured only where the device is this machine and a limit asks for them; quality wherever
+    the recipe has evaluation text. Raises RecipeError for evaluation text that is calibration text too, RuntimeFailed.
+    """
+    findings: list[Finding] = []
+    reports: dict[str, Any] = dict(build.reports)
+    corpora = dict(build.corpora)
+    if build.evaluation is not None:
+        text = _digest(build, build.evaluation)
+        corpora["evaluation"] = text
+        found = quality(build.subject, _original(build, build.evaluation, text), device(HOST), build.cache)
+        findings += found.findings
+        reports["quality"] = found.report
+    if is_host(build.recipe) and needs_measuring(build.recipe.budget):
+        found = measurement(
+            build.subject,
+            build.plan.device,
+            build.recipe.budget.context,
+            build.cache,
+            protocol=build.order.protocol,
+            good=lambda kept: _none_fails(build, kept),
+        )
+        findings += found.findings
+        reports["measurement"] = found.report
+    return replace(build, findings=tuple(findings), reports=reports, corpora=corpora)
+
+
+def _digest(build: Build, evaluation: Text) -> str:
+    """Digest of the evaluation tokens, after a look that calibration has not seen them."""
+    known = evaluation.known_digest(build.cache)
+    if known is not None and (build.calibration is None or build.calibration.known_digest(build.cache) is not None):
+        return known
+    judged = evaluation.build(build.cache)
+    if build.calibration is not None:
+        require_disjoint(build.calibration.build(build.cache), evaluation, judged)
+    return judged.digest
+
+
+def _original(build: Build, evaluation: Text, text: str) -> Original:
+    def tokens() -> Tensor:
+        return evaluation.build(build.cache).tokens
+
+    origin = build.origin
+    return Original(origin.checkpoint, origin.graph, build.source, text, tokens)
+
+
+def _none_fails(build: Build, findings: Sequence[Finding]) -> bool:
+    verdict = judge(build.recipe.budget, findings, build.plan.device)
+    return not any(row.status == "FAIL" for row in verdict.rows)

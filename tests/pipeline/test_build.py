@@ -1,0 +1,293 @@
+"""The whole road on a small model: what is made, made again, killed, missed and broken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+
+import pytest
+
+from llmpack.checkpoint.gguf_file import GgufFile
+from llmpack.digest import sha256_file
+from llmpack.errors import BudgetMissed, Busy, RecipeError, StepFailed, UsageError, VerificationFailed
+from llmpack.formats.gguf import GgufFormat
+from llmpack.pipeline.build import STAGES, build_bundle, plan_bundle
+from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.manifest import Manifest
+from llmpack.pipeline.verify import verify_bundle
+
+pytestmark = pytest.mark.xdist_group("pipeline-build")
+
+
+class Watcher:
+    """Progress that remembers the titles of tasks and what was said."""
+
+    def __init__(self):
+        self.titles = []
+        self.lines = []
+
+    @contextmanager
+    def task(self, title, total):
+        self.titles.append(title)
+        yield lambda done: None
+
+    def say(self, message):
+        self.lines.append(message)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A cache that the tests of this module share, so that a step runs once."""
+    return tmp_path_factory.mktemp("shared") / "cache"
+
+
+@pytest.fixture
+def built(order, shared):
+    return build_bundle(order(cache=Cache(shared)))
+
+
+def left_in(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_the_program_is_a_tuple_of_stages():
+    names = [stage.__name__ for stage in STAGES]
+    assert names == ["read", "open_source", "plan", "run", "write", "read_back", "measure", "judge", "record"]
+
+
+def test_a_build_publishes_a_whole_bundle(built, tmp_path):
+    assert left_in(tmp_path / "out") == ["tiny"]
+    folder = tmp_path / "out" / "tiny"
+    assert left_in(folder) == [
+        "LICENSE", "README.md", "SHA256SUMS", "manifest.json", "model.gguf", "recipe.lock.json", "recipe.toml",
+    ]  # fmt: skip
+    assert (folder / "recipe.toml").read_text() == built.document.text
+    assert (folder / "LICENSE").read_text() == "The licence of a tiny Llama.\n"
+    assert verify_bundle(folder)["files"].keys() == set(left_in(folder)) - {"SHA256SUMS"}
+    assert subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=folder).returncode == 0
+
+
+def test_the_plan_knows_the_exact_bytes(built, order, shared):
+    plan = plan_bundle(order(cache=Cache(shared))).plan
+    assert plan.nbytes == (built.final / "model.gguf").stat().st_size
+    assert plan.graph.nbytes == sum(t.nbytes for t in GgufFile.open(built.final / "model.gguf").tensors.values())
+    assert plan.steps[0].state == "cached"
+    assert plan.steps[0].key == built.steps[0].key
+
+
+def test_the_manifest_says_how_it_was_made_and_what_was_found(built):
+    document = json.loads((built.final / "manifest.json").read_text())
+    manifest = Manifest.read(document, "manifest.json")
+    made = manifest.made
+    assert made["artifact"]["sha256"] == sha256_file(built.final / "model.gguf")
+    assert made["source"]["digest"] == built.origin.checkpoint.digest
+    assert made["source"]["licence"][0]["id"] == "apache-2.0"
+    assert made["steps"][0]["key"] == built.steps[0].key
+    assert set(made["corpora"]) == {"calibration", "evaluation"}
+    assert made["recipe"]["step"][0]["damping"] > 0
+    assert manifest.observed.verdict.passes
+    assert {row.limit for row in manifest.observed.verdict.rows} == {"memory", "disk", "quality.kl", "quality.top1"}
+    assert {"quality", "measurement", "fidelity"} == set(manifest.observed.reports)
+    text = json.dumps(document["made"])
+    for secret in (str(built.order.recipe.parent), os.uname().nodename):
+        assert secret not in text.replace(built.recipe.source.model, "")
+
+
+def test_the_disk_row_counts_the_whole_bundle(built):
+    row = next(row for row in built.verdict.rows if row.limit == "disk")
+    sizes = [path.stat().st_size for path in built.final.iterdir()]
+    assert row.value == sum(-(-size // 4096) * 4096 for size in sizes)
+
+
+def test_the_same_recipe_twice_gives_the_same_bytes(built, order, tmp_path):
+    first = (built.final / "model.gguf").read_bytes()
+    again = build_bundle(order(cache=Cache(tmp_path / "another cache")))
+    assert (again.final / "model.gguf").read_bytes() == first
+    assert [step.cached for step in again.steps] == [False]
+    assert again.steps[0].output == built.steps[0].output
+    before, after = (json.loads((b.final / "recipe.lock.json").read_text()) for b in (built, again))
+    assert before == after
+
+
+def test_finished_work_is_not_done_again(built, order, shared):
+    watcher = Watcher()
+    again = build_bundle(order(cache=Cache(shared, progress=watcher), progress=watcher))
+    assert [step.cached for step in again.steps] == [True]
+    assert not [title for title in watcher.titles if title.startswith(("block", "comparing", "measuring", "hashing"))]
+    assert again.verdict.passes
+
+
+KILLED = """
+    import os, signal, sys
+    from contextlib import contextmanager
+    from pathlib import Path
+    from llmpack.pipeline.build import build_bundle
+    from llmpack.pipeline.cache import Cache
+    from llmpack.pipeline.state import Order
+
+    class Deadly:
+        count = 0
+        @contextmanager
+        def task(self, title, total):
+            if title == sys.argv[4]:
+                Deadly.count += 1
+                if Deadly.count == int(sys.argv[5]):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield lambda done: None
+        def say(self, message):
+            pass
+
+    deadly = Deadly()
+    recipe, out, cache = map(Path, sys.argv[1:4])
+    build_bundle(Order(recipe, out, Cache(cache, progress=deadly), progress=deadly))
+"""
+
+
+@pytest.mark.parametrize(("title", "count"), [("block 1", 1), ("block 1", 2), ("writing GGUF", 1), ("reading back", 1)])
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(built, order, tmp_path, title, count):
+    expected = (built.final / "model.gguf").read_bytes()
+    out, cache = tmp_path / "killed", tmp_path / "killed cache"
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), built.order.recipe, out, cache, title, str(count)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "tiny" not in left_in(out)
+    watcher = Watcher()
+    asked = order(cache=Cache(cache, progress=watcher), progress=watcher)
+    again = build_bundle(asked)
+    assert (again.final / "model.gguf").read_bytes() == expected
+    if title == "block 1":
+        assert "block 0" not in watcher.titles
+    else:
+        assert not [t for t in watcher.titles if t.startswith("block 0")] or again.steps[0].cached
+
+
+def test_what_a_killed_build_left_beside_the_bundle_is_cleared_away(built, order, shared, tmp_path):
+    stale = tmp_path / "out" / ".tiny.99999.tmp"
+    stale.mkdir()
+    (stale / "model.gguf").write_bytes(b"half")
+    build_bundle(order(cache=Cache(shared)))
+    assert left_in(tmp_path / "out") == ["tiny"]
+
+
+def test_a_missed_budget_publishes_nothing_and_names_the_cure(order, shared, tmp_path):
+    with pytest.raises(BudgetMissed) as caught:
+        build_bundle(order("budget.quality.kl=0.000001", cache=Cache(shared)))
+    assert left_in(tmp_path / "out") == []
+    rows = {row.limit: row for row in caught.value.verdict.rows}
+    assert rows["quality.kl"].status == "FAIL"
+    assert rows["memory"].status == "PASS"
+    assert "1 of 4 limits missed" in str(caught.value)
+    watcher = Watcher()
+    relaxed = build_bundle(order(cache=Cache(shared, progress=watcher), progress=watcher))
+    assert relaxed.verdict.passes
+    assert "comparing with the source" not in watcher.titles
+
+
+def test_a_plan_that_cannot_fit_stops_before_the_first_step(order, tmp_path):
+    watcher = Watcher()
+    with pytest.raises(BudgetMissed, match="the plan misses the budget before anything is built") as caught:
+        build_bundle(order("budget.disk=2 MB", cache=Cache(tmp_path / "empty", progress=watcher), progress=watcher))
+    row = next(row for row in caught.value.verdict.rows if row.limit == "disk")
+    assert row.status == "FAIL"
+    assert "saves" in row.cure
+    assert watcher.titles == []
+
+
+def test_another_device_passes_only_where_estimates_are_accepted(order, shared, tmp_path):
+    there = "target.device=raspberry-pi-5-8gb"
+    with pytest.raises(BudgetMissed, match="1 not measured") as caught:
+        build_bundle(order(there, cache=Cache(shared)))
+    assert {row.limit: row.status for row in caught.value.verdict.rows}["memory"] == "UNMEASURED"
+    accepted = build_bundle(order(there, "target.accept=estimate", cache=Cache(shared)))
+    assert accepted.verdict.on_estimates
+    assert any("nothing was measured on raspberry-pi-5-8gb" in note for note in accepted.observed.notes)
+    assert "nothing was measured" in (accepted.final / "README.md").read_text()
+
+
+def test_a_file_that_does_not_read_back_is_deleted(order, shared, tmp_path, monkeypatch):
+    write = GgufFormat.write
+
+    def damaged(self, checkpoint, graph, path, facts, progress):
+        container = write(self, checkpoint, graph, path, facts, progress)
+        with path.open("r+b") as file:
+            file.seek(-40_000, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-40_000, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+        return container
+
+    monkeypatch.setattr(GgufFormat, "write", damaged)
+    with pytest.raises(VerificationFailed, match="rows are not those of"):
+        build_bundle(order(cache=Cache(shared)))
+    assert left_in(tmp_path / "out") == []
+
+
+def test_a_step_that_breaks_its_promise_is_found_out(order, tmp_path, monkeypatch):
+    from llmpack.steps.quantize_gptq import QuantizeGptq
+
+    run = QuantizeGptq.run
+
+    def other(self, checkpoint, graph, bench):
+        return run(self.model_copy(update={"encoding": "q8_0"}), checkpoint, graph, bench)
+
+    monkeypatch.setattr(QuantizeGptq, "run", other)
+    with pytest.raises(StepFailed, match="made something else than its preview promised"):
+        build_bundle(order(cache=Cache(tmp_path / "cache")))
+
+
+def test_something_else_in_the_bundles_place_is_left_alone(order, shared, tmp_path):
+    (tmp_path / "out" / "tiny").mkdir(parents=True)
+    (tmp_path / "out" / "tiny" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is no bundle"):
+        build_bundle(order(cache=Cache(shared)))
+    assert (tmp_path / "out" / "tiny" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_bundle_that_is_being_built_is_busy(order, shared, tmp_path):
+    final = (tmp_path / "out" / "tiny").absolute()
+    holder = f"""
+        import sys, time
+        from pathlib import Path
+        from llmpack.pipeline.build import reserved
+        from llmpack.pipeline.cache import Cache
+        with reserved(Cache(Path({str(shared)!r})), Path({str(final)!r})):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(holder)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(Busy, match=f"is being worked on by process {child.pid}"):
+            build_bundle(order(cache=Cache(shared, wait=False)))
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_evaluation_text_must_be_unseen(order, tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"the {i} word of {i * i}\n" for i in range(4000)))
+    (tmp_path / "b.txt").write_text((tmp_path / "a.txt").read_text())
+    overrides = ('calibration.text=["a.txt"]', 'evaluation.text=["b.txt"]')
+    with pytest.raises(RecipeError, match="of the evaluation text is calibration text too"):
+        build_bundle(order(*overrides, cache=Cache(tmp_path / "cache")))
+
+
+def test_a_recipe_without_steps_converts(order, recipe_file, shared):
+    text = recipe_file.read_text()
+    start, end = text.index("[[step]]"), text.index("[evaluation]")
+    recipe_file.write_text(text[:start] + text[end:])
+    made = build_bundle(order(cache=Cache(shared)))
+    assert made.steps == ()
+    assert set(GgufFile.open(made.final / "model.gguf").encodings) == {"f16", "f32"}
+    assert made.reports["quality"]["mean"] < 0.01
+
+
+def test_overrides_are_in_the_lock(order, shared):
+    made = build_bundle(order("step.0.encoding=q4_0", cache=Cache(shared)))
+    lock = json.loads((made.final / "recipe.lock.json").read_text())
+    assert lock["overrides"] == ["step.0.encoding=q4_0"]
+    assert GgufFile.open(made.final / "model.gguf").encodings["q4_0"] == 14
