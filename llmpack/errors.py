@@ -110,7 +110,7 @@ class NumericalError(StepFailed):
 
 
 class RuntimeFailed(StepFailed):
-    """A runtime child ended without a result. `kind` is crash, hang, oom, refused or protocol."""
+    """A runtime child ended without a result. `kind` is refused, abort, crash, oom, killed, hang or protocol."""
 
     def __init__(self, message: str, kind: str = "crash") -> None:
         super().__init__(message)
