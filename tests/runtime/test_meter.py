@@ -68,13 +68,39 @@ def test_a_tree_is_summed(child):
     assert read_memory(pid).anon < 32 * MIB
 
 
+BREATHES = """
+import sys
+for word in ("held", "freed"):
+    sys.stdin.readline()
+    block = bytearray(b"x") * (48 << 20) if word == "held" else None
+    print(word, flush=True)
+sys.stdin.readline()
+"""
+
+
 def test_a_watch_sees_what_passed():
-    with Watch(os.getpid()) as watch:
-        block = bytearray(b"x") * (48 * MIB)
-        time.sleep(0.3)
-        del block
-        after = watch.sample()
-    assert watch.highest.anon >= after.anon + 40 * MIB
+    with subprocess.Popen(
+        [sys.executable, "-c", BREATHES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        with Watch(process.pid) as watch:
+            for word in ("held", "freed"):
+                process.stdin.write("\n")
+                assert process.stdout.readline().strip() == word
+                watch.sample()
+        after = read_memory(process.pid)
+        assert watch.highest.anon >= after.anon + 40 * MIB
+        assert watch.highest.peak >= after.peak >= 48 * MIB
+        process.stdin.write("\n")
+
+
+def test_a_watch_samples_by_itself(child):
+    pid = child(f"b = bytearray(b'x') * {48 * MIB}")
+    with Watch(pid) as watch:
+        deadline = time.monotonic() + 10
+        watch.highest = Memory(0, 0)
+        while watch.highest.anon < 48 * MIB:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 def test_a_process_that_is_gone_is_said_so():
