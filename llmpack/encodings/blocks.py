@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from llmpack.encodings import bits, refit, tiles
+from llmpack.encodings import bits, tiles
 from llmpack.encodings.encoding import Grid, GridEncoding
-from llmpack.encodings.grids import BlockGrid, ScaleGrid
-from llmpack.encodings.search import HALF_MAX, Steps, to_half
+from llmpack.encodings.grids import BlockGrid, ScaleGrid, stacked
+from llmpack.encodings.refit import Descent, descend_halves
+from llmpack.encodings.search import HALF_MAX, Groups, affine, symmetric, to_half
+from llmpack.encodings.steps import Steps
 
 if TYPE_CHECKING:
     import torch
@@ -27,24 +28,20 @@ class BlockwiseEncoding(GridEncoding):
 
     group  columns that share a scale; divides `block`
     steps  the multiples of a scale that codes stand for
-    reach  the largest absolute multiple, by which float16's largest number bounds what can be stored
+    reach  the largest absolute number, in units of the largest float16
     """
 
     group: ClassVar[int]
     steps: ClassVar[Steps]
-    reach: ClassVar[float]
+    reach: ClassVar[int]
 
     @abstractmethod
-    def fit_rows(self, W: Tensor, weights: Tensor | None) -> ScaleGrid:
-        """The grid of a few rows. `weights` [columns] float32, largest 1, or None for ones."""
+    def fit_rows(self, x: Tensor, w: Tensor, rows: int) -> ScaleGrid:
+        """The grid of a few rows: numbers and weights upright, [group, rows * groups]."""
 
     @abstractmethod
-    def refit_rows(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> ScaleGrid:
-        """`refit` of a few rows."""
-
-    @abstractmethod
-    def join(self, grids: list[ScaleGrid]) -> ScaleGrid:
-        """Grids of consecutive rows as one."""
+    def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
+        """The grid of a few rows, its scales moved down the full Hessian."""
 
     @abstractmethod
     def pack_blocks(self, codes: np.ndarray, grid: ScaleGrid) -> np.ndarray:
@@ -54,11 +51,20 @@ class BlockwiseEncoding(GridEncoding):
     def unpack_blocks(self, packed: np.ndarray, rows: int) -> tuple[np.ndarray, ScaleGrid]:
         """Inverse of `pack_blocks`; the n blocks make `rows` rows."""
 
+    def checked(self, W: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`W` and `importance` as float32. Raises ValueError where they cannot be encoded."""
+        values = tiles.matrix(W, self.name)
+        self.row_bytes(values.shape[1])
+        if not values.numel():
+            raise ValueError(f"a tensor of shape {list(values.shape)} has nothing to store as {self.name}")
+        top = float(values.abs().max())
+        if top > HALF_MAX * self.reach:
+            raise ValueError(f"{top:g} is beyond {HALF_MAX * self.reach:g}, the largest number that {self.name} stores")
+        return values, tiles.weights_of(importance, values.shape[1])
+
     def fit(self, W: Tensor, importance: Tensor | None = None) -> Grid:
-        """Scales of least weighted error, as stored. Raises ValueError for what cannot be stored."""
-        values, weights = self.checked(W, importance)
-        rows, columns = values.shape
-        return self.join([self.fit_rows(values[run], weights) for run in tiles.runs(rows, columns, tiles.TILE)])
+        """Scales of least error weighted by `importance`, as stored. Raises ValueError for what cannot be stored."""
+        return self._fit(*self.checked(W, importance))
 
     def encode(self, W: Tensor, importance: Tensor | None = None) -> np.ndarray:
         """Round to nearest on a grid fitted with `importance`; [rows, row bytes] uint8."""
@@ -66,7 +72,7 @@ class BlockwiseEncoding(GridEncoding):
         rows, columns = values.shape
         packed = np.empty((rows, self.row_bytes(columns)), dtype=np.uint8)
         for run in tiles.runs(rows, columns, tiles.SLAB):
-            packed[run] = self.round(values[run], self.fit(values[run], weights)).pack()
+            packed[run] = self.round(values[run], self._fit(values[run], weights)).pack()
         return packed
 
     def decode(self, packed: np.ndarray, columns: int) -> Tensor:
@@ -78,16 +84,24 @@ class BlockwiseEncoding(GridEncoding):
             values[run] = grid.levels().decode(codes)
         return values
 
+    def refit(self, codes: Tensor, grid: Grid, W: Tensor, H: Tensor) -> Grid:
+        """Scales that lower ``tr((W - Q) H (W - Q)^T)`` with the codes held; no row gets worse."""
+        own = self._own(codes, grid)
+        values, hessian = tiles.matrix(W, self.name), H.to(torch.float32)
+        rows, columns = values.shape
+        parameters = columns // self.group * (1 if own.offsets is None else 2)
+        parts = []
+        for run in tiles.runs(rows, max(columns, parameters**2), tiles.SLAB):
+            parts.append(self._refit(codes[run], own.select_rows(run), values[run], hessian))
+        return stacked(parts)
+
     def pack(self, codes: Tensor, grid: Grid) -> np.ndarray:
         """[rows, row bytes] uint8. Raises ValueError where codes and grid do not belong together."""
-        if not isinstance(grid, ScaleGrid) or grid.steps != self.steps or grid.group != self.group:
-            raise ValueError(f"the grid was not fitted for {self.name}")
-        if codes.shape != (grid.rows, grid.columns):
-            raise ValueError(f"codes {list(codes.shape)} on a grid of {grid.rows} x {grid.columns}")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.steps.codes:
+        own = self._own(codes, grid)
+        if not 0 <= int(codes.min()) <= int(codes.max()) < self.steps.codes:
             raise ValueError(f"{self.name} has codes 0 .. {self.steps.codes - 1}")
         plain = codes.to(torch.uint8).cpu().contiguous().numpy().reshape(-1, self.block)
-        return self.pack_blocks(plain, grid).reshape(grid.rows, self.row_bytes(grid.columns))
+        return self.pack_blocks(plain, own).reshape(grid.rows, self.row_bytes(grid.columns))
 
     def unpack(self, packed: np.ndarray, columns: int) -> tuple[Tensor, Grid]:
         """Exact inverse of `pack`: codes [rows, columns] int32 and the grid."""
@@ -96,28 +110,28 @@ class BlockwiseEncoding(GridEncoding):
         codes, grid = self.unpack_blocks(blocks, rows.shape[0])
         return torch.from_numpy(codes.reshape(rows.shape[0], columns)).to(torch.int32), grid
 
-    def refit(self, codes: Tensor, grid: Grid, W: Tensor, H: Tensor) -> Grid:
-        """Scales that lower ``tr((W - Q) H (W - Q)^T)`` with the codes held; no row gets worse."""
-        if not isinstance(grid, ScaleGrid) or codes.shape != W.shape:
-            raise ValueError(f"codes {list(codes.shape)} and their {self.name} grid do not belong to W {list(W.shape)}")
-        values, H = tiles.matrix(W, self.name), H.to(torch.float32)
-        rows, columns = values.shape
-        parts = []
-        for run in tiles.runs(rows, 4 * (columns // self.group) ** 2, tiles.SLAB):
-            chosen = grid.select_rows(torch.arange(run.start, run.stop, device=values.device))
-            if not isinstance(chosen, ScaleGrid):
-                raise ValueError(f"the grid was not fitted for {self.name}")
-            parts.append(self.refit_rows(codes[run], chosen, values[run], H))
-        return self.join(parts)
+    def _own(self, codes: Tensor, grid: Grid) -> ScaleGrid:
+        if not isinstance(grid, ScaleGrid) or grid.steps != self.steps or grid.group != self.group:
+            raise ValueError(f"the grid was not fitted for {self.name}")
+        if codes.shape != (grid.rows, grid.columns):
+            raise ValueError(f"codes {list(codes.shape)} on a grid of {grid.rows} x {grid.columns}")
+        return grid
 
-    def checked(self, W: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`W` and `importance` as float32. Raises ValueError where they cannot be encoded."""
-        values = tiles.matrix(W, self.name)
-        self.row_bytes(values.shape[1])
-        top = float(values.abs().max()) if values.numel() else 0.0
-        if top > HALF_MAX * self.reach:
-            raise ValueError(f"{top:g} is beyond {HALF_MAX * self.reach:g}, the largest number that {self.name} stores")
-        return values, tiles.weights_of(importance, values.shape[1])
+    def _fit(self, W: Tensor, weights: Tensor | None) -> ScaleGrid:
+        parts = []
+        for run in tiles.runs(W.shape[0], W.shape[1], tiles.TILE):
+            x = tiles.upright(W[run], self.group)
+            parts.append(self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run])))
+        return stacked(parts)
+
+    def _refit(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> ScaleGrid:
+        before = grid.levels().decode(codes)
+        parameters = grid.scales if grid.offsets is None else torch.cat([grid.scales, grid.offsets], dim=1)
+        descent = Descent(grid.multiples(codes), W - before, H, self.group, parameters)
+        moved = self.refit_rows(grid, descent)
+        step = moved.levels().decode(codes) - before
+        growth = ((step @ H) * (step - 2 * (W - before))).sum(1)  # of the error, without the rest cancelling
+        return grid.replaced(moved, growth < 0)
 
 
 class BlockEncoding(BlockwiseEncoding):
@@ -135,50 +149,30 @@ class BlockEncoding(BlockwiseEncoding):
     def unpack_codes(self, packed: np.ndarray) -> np.ndarray:
         """Inverse of `pack_codes`."""
 
-    @abstractmethod
-    def search(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and minima, each [n] and exact in float16, of blocks x [32, n] with weights w."""
-
-    def fit_rows(self, W: Tensor, weights: Tensor | None) -> BlockGrid:
+    def fit_rows(self, x: Tensor, w: Tensor, rows: int) -> ScaleGrid:
         """The grid of a few rows."""
-        x = tiles.upright(W, self.block)
-        d, m = self.search(x, tiles.upright_weights(weights, W, self.block, self.block))
-        shape = (W.shape[0], -1)
-        half = torch.float16
-        return BlockGrid(d.to(half).reshape(shape), None if m is None else m.to(half).reshape(shape), self.steps)
+        groups = Groups(x, w, self.steps)
+        if self.has_minimum:
+            return self._grid(*(part.view(rows, -1) for part in affine(groups, to_half, below_zero=False)[:2]))
+        return self._grid(symmetric(groups, to_half)[0].view(rows, -1))
 
-    def refit_rows(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> BlockGrid:
-        """`refit` of a few rows: the normal equations by coordinate descent over float16."""
-        if not isinstance(grid, BlockGrid):
-            raise ValueError(f"the grid was not fitted for {self.name}")
-        levels = grid.levels()
-        multiples = replace(levels, scale=torch.ones_like(levels.scale), offset=None).decode(codes)
-        start = grid.scales if grid.offsets is None else torch.cat([grid.scales, grid.offsets], dim=1)
-        curvature = (refit.offset_curvature if self.has_minimum else refit.curvature)(multiples, H, self.group)
-        pull = refit.gradient(W - levels.decode(codes), multiples, H, self.group, self.has_minimum)
-        found = refit.descend(start, curvature, pull, to_half).to(torch.float16)
-        if not self.has_minimum:
-            return BlockGrid(found, None, self.steps)
-        d, m = found.chunk(2, dim=1)
-        return BlockGrid(d.contiguous(), m.contiguous(), self.steps)
-
-    def join(self, grids: list[ScaleGrid]) -> BlockGrid:
-        """Grids of consecutive rows as one."""
-        parts = [grid for grid in grids if isinstance(grid, BlockGrid)]
-        minima = [grid.m for grid in parts if grid.m is not None]
-        return BlockGrid(torch.cat([grid.d for grid in parts]), torch.cat(minima) if minima else None, self.steps)
+    def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
+        """The grid of a few rows, its scales moved down the full Hessian."""
+        found = descend_halves(descent)
+        return self._grid(*found.chunk(2, dim=1)) if self.has_minimum else self._grid(found)
 
     def pack_blocks(self, codes: np.ndarray, grid: ScaleGrid) -> np.ndarray:
         """[n, block_bytes] uint8."""
-        if not isinstance(grid, BlockGrid):
-            raise ValueError(f"the grid was not fitted for {self.name}")
-        scales = [half.cpu().reshape(-1, 1).numpy() for half in (grid.d, grid.m) if half is not None]
-        return np.concatenate([*map(bits.half_bytes, scales), self.pack_codes(codes)], axis=1)
+        halves = [half.cpu().reshape(-1, 1).numpy() for half in grid.stored if half is not None]
+        return np.concatenate([*map(bits.half_bytes, halves), self.pack_codes(codes)], axis=1)
 
-    def unpack_blocks(self, packed: np.ndarray, rows: int) -> tuple[np.ndarray, BlockGrid]:
+    def unpack_blocks(self, packed: np.ndarray, rows: int) -> tuple[np.ndarray, ScaleGrid]:
         """Codes [n, 32] uint8 and the grid."""
         head = 4 if self.has_minimum else 2
         halves = torch.from_numpy(bits.bytes_half(packed[:, :head])).reshape(rows, -1, head // 2)
-        minima = halves[..., 1].contiguous() if self.has_minimum else None
-        grid = BlockGrid(halves[..., 0].contiguous(), minima, self.steps)
-        return self.unpack_codes(packed[:, head:]), grid
+        return self.unpack_codes(packed[:, head:]), self._grid(*halves.unbind(2))
+
+    def _grid(self, d: Tensor, m: Tensor | None = None) -> BlockGrid:
+        half = torch.float16
+        minima = None if m is None else m.to(half).contiguous()
+        return BlockGrid(d.to(half).contiguous(), minima, self.steps, self.group)

@@ -20,6 +20,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from llmpack.encodings.steps import lookup
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -65,8 +67,7 @@ class Levels:
         ratio = x / torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
         ratio = torch.where(self.scale == 0, torch.zeros_like(ratio), ratio)
         if self.table is not None:
-            middles = (self.table[1:] + self.table[:-1]) / 2
-            return torch.bucketize(ratio.contiguous(), middles.to(ratio.dtype), out_int32=True)
+            return _nearest(ratio, self.table)
         return (torch.round(ratio) + self.zero).clamp_(0, self.high).to(torch.int32)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -88,6 +89,16 @@ class Levels:
             offset=None if self.offset is None else self.offset.to(dtype),
             table=None if self.table is None else self.table.to(dtype),
         )
+
+
+def _nearest(ratio: Tensor, table: Tensor) -> Tensor:
+    """Codes int32 of the nearest entries of an ascending table; a middle belongs to the lower one."""
+    entries = lookup(tuple(table.tolist()))
+    if entries is None:
+        middles = (table[1:] + table[:-1]) / 2
+        return torch.bucketize(ratio.contiguous(), middles.to(ratio.dtype), out_int32=True)
+    index = entries.index(ratio).to(torch.int32)
+    return torch.index_select(entries.codes.to(ratio.device), 0, index.reshape(-1)).view(index.shape)
 
 
 class Grid(ABC):

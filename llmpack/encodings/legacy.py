@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmpack.encodings import bits, search, tiles
+from llmpack.encodings import bits, tiles
 from llmpack.encodings.blocks import BlockEncoding
-from llmpack.encodings.search import Steps
+from llmpack.encodings.search import quotient
+from llmpack.encodings.steps import Steps
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +19,8 @@ else:
 
     torch = LazyModule("torch")
 
-FACTORS = tuple(0.5 + 0.04 * i for i in range(16))
-RANGES = tuple((0.05 * i, 1 - 0.05 * j) for i in range(-1, 6) for j in range(-1, 6))
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_STEPS = Steps(-127, 113, IQ4_TABLE)
 
 
 class _Nibbles(BlockEncoding):
@@ -50,75 +50,58 @@ class _FiveBits(BlockEncoding):
         return codes
 
 
-class _Symmetric(BlockEncoding):
-    """Scale only."""
-
-    def search(self, x: Tensor, w: Tensor) -> tuple[Tensor, None]:
-        """Scales [n]."""
-        return search.symmetric(search.Groups(x, w, self.steps), FACTORS, search.to_half)[0], None
-
-
-class _Affine(BlockEncoding):
-    """Scale and minimum."""
-
-    has_minimum = True
-
-    def search(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and minima, each [n]."""
-        scale, offset, _ = search.affine(search.Groups(x, w, self.steps), RANGES, search.to_half, below_zero=False)
-        return scale, offset
-
-
-class Q4_1(_Affine, _Nibbles):
-    """``d * code + m``."""
-
-    name, ggml_type, block_bytes = "q4_1", 3, 20
-    steps = Steps(0, 15)
-    reach = 1.0
-
-
-class Q5_1(_Affine, _FiveBits):
-    """``d * code + m``."""
-
-    name, ggml_type, block_bytes = "q5_1", 7, 24
-    steps = Steps(0, 31)
-    reach = 1.0
-
-
-class Q4_0(_Symmetric, _Nibbles):
+class Q4_0(_Nibbles):
     """``d * (code - 8)``."""
 
     name, ggml_type, block_bytes = "q4_0", 2, 18
     steps = Steps(-8, 7)
-    reach = 8.0
+    reach = 8
 
 
-class IQ4_NL(_Symmetric, _Nibbles):
-    """``d * table[code]`` with sixteen unequally spaced entries."""
+class Q4_1(_Nibbles):
+    """``d * code + m``."""
 
-    name, ggml_type, block_bytes = "iq4_nl", 20, 18
-    steps = Steps(-127, 113, IQ4_TABLE)
-    reach = 127.0
+    name, ggml_type, block_bytes = "q4_1", 3, 20
+    steps = Steps(0, 15)
+    reach = 1
+    has_minimum = True
 
 
-class Q5_0(_Symmetric, _FiveBits):
+class Q5_0(_FiveBits):
     """``d * (code - 16)``."""
 
     name, ggml_type, block_bytes = "q5_0", 6, 22
     steps = Steps(-16, 15)
-    reach = 16.0
+    reach = 16
 
 
-class Q8_0(_Symmetric):
+class Q5_1(_FiveBits):
+    """``d * code + m``."""
+
+    name, ggml_type, block_bytes = "q5_1", 7, 24
+    steps = Steps(0, 31)
+    reach = 1
+    has_minimum = True
+
+
+class IQ4_NL(_Nibbles):
+    """``d * table[code]`` with sixteen unequally spaced entries."""
+
+    name, ggml_type, block_bytes = "iq4_nl", 20, 18
+    steps = IQ4_STEPS
+    reach = 127
+
+
+class Q8_0(BlockEncoding):
     """``d * (code - 128)``; the file holds ``code - 128`` as int8.
 
-    Without importance the bytes are those of llama.cpp's reference, which rounds by the scale before that is rounded to
-    float16; with it, the scale is searched.
+    Without importance the bytes of `encode` are those of llama.cpp's reference, which rounds by the scale before that
+    is rounded to float16; with it, the scale is searched.
     """
 
     name, ggml_type, block_bytes = "q8_0", 8, 34
     steps = Steps(-128, 127)
-    reach = 127.0
+    reach = 127
 
     def encode(self, W: Tensor, importance: Tensor | None = None) -> np.ndarray:
         """[rows, row bytes] uint8."""
@@ -130,7 +113,7 @@ class Q8_0(_Symmetric):
         for run in tiles.runs(rows, columns, tiles.SLAB):
             x = values[run].reshape(-1, self.block)
             scale = x.abs().amax(1, keepdim=True) / 127
-            ratio = x * search.quotient(torch.ones_like(scale), scale)
+            ratio = x * quotient(torch.ones_like(scale), scale)
             whole = ratio.trunc()
             rounded = whole + ((ratio - whole) * 2).trunc_()  # half away from zero, as C's roundf
             codes = rounded.to(torch.int8).cpu().numpy().view(np.uint8)

@@ -8,8 +8,9 @@ the error never grows and rounding to the file's precision is part of the descen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from llmpack.encodings.search import quotient, to_half
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +20,101 @@ else:
 
     torch = LazyModule("torch")
 
+SWEEPS = 4
 
-def curvature(q: Tensor, H: Tensor, group: int) -> Tensor:
-    """[rows, groups, groups]: ``P^T H P`` of each row, for multiples q [rows, columns]."""
+
+class Descent:
+    """The error of a few rows as a function of their parameters: scales, then offsets if there are any.
+
+    q       [rows, columns] multiples that the codes stand for
+    error   [rows, columns] present ``W - Q``
+    H       [columns, columns]
+    found   [rows, parameters], starts as `parameters`
+    """
+
+    def __init__(self, q: Tensor, error: Tensor, H: Tensor, group: int, parameters: Tensor) -> None:
+        groups = q.shape[1] // group
+        with_offsets = parameters.shape[1] > groups
+        self.found = parameters.clone()
+        self.N = _curvature_with_offsets(q, H, group) if with_offsets else _curvature(q, H, group)
+        pull = error @ H
+        parts = [pull * q, pull] if with_offsets else [pull * q]
+        self.g = torch.cat([part.reshape(q.shape[0], groups, group).sum(-1) for part in parts], dim=1)
+
+    def wanted(self, j: int) -> Tensor:
+        """[rows] the best value of parameter j, all others as they are."""
+        return self.found[:, j] + quotient(self.g[:, j], self.N[:, j, j])
+
+    def move(self, j: int, target: Tensor) -> bool:
+        """Set parameter j; whether it changed anywhere."""
+        step = target - self.found[:, j]
+        if not bool(step.any()):
+            return False
+        self.found[:, j] = target
+        self.g.addcmul_(self.N[:, j], step[:, None], value=-1)
+        return True
+
+    def stretch(self, some: slice, factor: Tensor) -> Tensor:
+        """[rows] change of the error if these parameters were `factor` [rows] times as large."""
+        step = self.found[:, some] * (factor - 1)[:, None]
+        bend = torch.einsum("ri,rij,rj->r", step, self.N[:, some, some], step)
+        return bend - 2 * (step * self.g[:, some]).sum(1)
+
+    def best_stretch(self, some: slice) -> Tensor:
+        """[rows] the factor of least error for these parameters together."""
+        now = self.found[:, some]
+        bend = torch.einsum("ri,rij,rj->r", now, self.N[:, some, some], now)
+        return 1 + quotient((now * self.g[:, some]).sum(1), bend)
+
+
+def descend_halves(descent: Descent) -> Tensor:
+    """Parameters [rows, count] of lower error, all exact in float16."""
+    for _ in range(SWEEPS):
+        moved = [descent.move(j, to_half(descent.wanted(j))) for j in range(descent.found.shape[1])]
+        if not any(moved):
+            break
+    return descent.found
+
+
+def descend_integers(descent: Descent, units: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Units [rows, super-blocks] and integers [rows, parameters] of lower error; their products are the parameters.
+
+    units  float32, exact in float16; equally many parameters in a row belong to each
+    """
+    units = units.clone()
+    per = descent.found.shape[1] // units.shape[1]
+    integers = quotient(descent.found, units.repeat_interleave(per, dim=1)).round_()
+    for _ in range(SWEEPS):
+        moved = False
+        for j in range(integers.shape[1]):
+            unit = units[:, j // per]
+            whole = quotient(descent.wanted(j), unit).round_().clamp_(low, high)
+            integers[:, j] = torch.where(unit == 0, integers[:, j], whole)
+            moved |= descent.move(j, unit * integers[:, j])
+        for s in range(units.shape[1]):
+            moved |= _move_unit(descent, units, integers, s, per)
+        if not moved:
+            break
+    return units, integers
+
+
+def _move_unit(descent: Descent, units: Tensor, integers: Tensor, s: int, per: int) -> bool:
+    """Bring one unit to the float16 nearest to its optimum, where that lowers the error."""
+    some = slice(s * per, (s + 1) * per)
+    now = units[:, s]
+    target = to_half(now * descent.best_stretch(some))
+    better = descent.stretch(some, quotient(target, now)) < 0
+    target = torch.where(better & (now != 0), target, now)
+    if torch.equal(target, now):
+        return False
+    units[:, s] = target
+    for j in range(some.start, some.stop):
+        descent.move(j, target * integers[:, j])
+    return True
+
+
+def _curvature(q: Tensor, H: Tensor, group: int) -> Tensor:
+    """[rows, groups, groups]: ``P^T H P`` of each row."""
     rows, columns = q.shape
     count = columns // group
     N = q.new_empty(rows, count, count)
@@ -34,12 +127,12 @@ def curvature(q: Tensor, H: Tensor, group: int) -> Tensor:
     return N
 
 
-def offset_curvature(q: Tensor, H: Tensor, group: int) -> Tensor:
+def _curvature_with_offsets(q: Tensor, H: Tensor, group: int) -> Tensor:
     """[rows, 2 groups, 2 groups]: curvature in scales (first half) and offsets (second half)."""
     rows, columns = q.shape
     count = columns // group
     N = q.new_empty(rows, 2 * count, 2 * count)
-    N[:, :count, :count] = curvature(q, H, group)
+    N[:, :count, :count] = _curvature(q, H, group)
     summed = H.reshape(columns, count, group).sum(-1)
     for g in range(count):
         first = g * group
@@ -48,38 +141,3 @@ def offset_curvature(q: Tensor, H: Tensor, group: int) -> Tensor:
         N[:, count:, g] = cross
     N[:, count:, count:] = summed.reshape(count, group, count).sum(1)
     return N
-
-
-def gradient(error: Tensor, q: Tensor, H: Tensor, group: int, offsets: bool) -> Tensor:
-    """[rows, groups] or, with offsets, [rows, 2 groups]: half the negative gradient at `error` [rows, columns]."""
-    rows, columns = q.shape
-    pull = error @ H
-    by_scale = (pull * q).reshape(rows, columns // group, group).sum(-1)
-    if not offsets:
-        return by_scale
-    return torch.cat([by_scale, pull.reshape(rows, columns // group, group).sum(-1)], dim=1)
-
-
-SWEEPS = 4
-
-
-def descend(start: Tensor, N: Tensor, g: Tensor, storable: Callable[[Tensor], Tensor]) -> Tensor:
-    """Parameters [rows, count] near `start` with a lower error; `g` is overwritten.
-
-    storable  the nearest value that the file can hold, for each entry; `start` consists of such values
-    """
-    found = start.clone()
-    for _ in range(SWEEPS):
-        moved = False
-        for j in range(found.shape[1]):
-            bend = N[:, j, j]
-            target = found[:, j] + torch.where(bend > 0, g[:, j] / bend, torch.zeros_like(bend))
-            target = storable(target)
-            step = target - found[:, j]
-            if bool(step.any()):
-                found[:, j] = target
-                g.addcmul_(N[:, j], step[:, None], value=-1)
-                moved = True
-        if not moved:
-            break
-    return found

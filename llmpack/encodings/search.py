@@ -12,10 +12,9 @@ enough for weights that differ by orders of magnitude.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from llmpack.encodings.steps import Steps, lookup
 
 if TYPE_CHECKING:
     import torch
@@ -27,39 +26,15 @@ else:
 
 HALF_MAX = 65504.0
 SWEEPS = 3
+"""Repetitions of rounding and least squares after the best candidate is known."""
 
+FACTORS = tuple(0.5 + i / 19 for i in range(20))
+"""How far the range of codes reaches, as a share of the largest number."""
 
-@dataclass(frozen=True)
-class Steps:
-    """The multiples of a scale that codes stand for: low .. high, or the entries of an integer table."""
+SLACK = (-2.0, -1.2, -0.6, -0.2, 0.2, 0.6)
+"""How many codes beyond the least (largest) number the first (last) code lies; negative: it is clipped."""
 
-    low: int
-    high: int
-    table: tuple[int, ...] | None = None
-
-    @property
-    def codes(self) -> int:
-        """How many codes there are."""
-        return self.high - self.low + 1 if self.table is None else len(self.table)
-
-    @property
-    def first_code(self) -> int:
-        """The code of multiple 0; 0 where a table says what codes mean."""
-        return -self.low if self.table is None else 0
-
-    @property
-    def values(self) -> Tensor | None:
-        """The table as float32, or None."""
-        return None if self.table is None else torch.tensor(self.table, dtype=torch.float32)
-
-
-@lru_cache(maxsize=8)
-def _lookup(table: tuple[int, ...]) -> tuple[int, Tensor]:
-    """Nearest entries by twice the value rounded up, and the value of the first."""
-    doubled = [a + b for a, b in pairwise(table)]  # twice the middles, integers
-    first, last = doubled[0], doubled[-1] + 1
-    codes = torch.bucketize(torch.arange(first, last + 1), torch.tensor(doubled))
-    return first, torch.tensor(table, dtype=torch.float32)[codes]
+Store = Callable[["Tensor"], "Tensor"]
 
 
 def to_half(values: Tensor) -> Tensor:
@@ -77,152 +52,147 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.nan_to_num_(numerator / denominator, 0.0, 0.0, 0.0)
 
 
+def pick(condition: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`new` where the condition holds, entry by entry of the tuples."""
+    return tuple(torch.where(condition, a, b) for a, b in zip(new, old, strict=True))
+
+
 class Groups:
     """Numbers of many groups with their weights, the multiples they are rounded to, and room to work in.
 
     x, w  [group, n] float32
+    q     [group, n] float32: the multiples of the last `round`
     """
 
     def __init__(self, x: Tensor, w: Tensor, steps: Steps) -> None:
         self.x, self.w, self.steps = x, w, steps
+        self.wx = w * x
         self.q = torch.empty_like(x)
-        self.spare = torch.empty_like(x)
-        self.index = torch.empty_like(x, dtype=torch.int32) if steps.table else None
+        self._spare = torch.empty_like(x)
+        self._lookup = None if steps.table is None else lookup(steps.table)
+        self._index = None if self._lookup is None else torch.empty_like(x, dtype=torch.int32)
 
     def round(self, scale: Tensor, offset: Tensor | None = None) -> None:
         """Put the multiples nearest to ``(x - offset) / scale`` into `q`."""
-        x, steps = self.x, self.steps
-        if offset is not None:
-            x = torch.sub(x, offset, out=self.q)
+        x = self.x if offset is None else torch.sub(self.x, offset, out=self.q)
         torch.mul(x, quotient(torch.ones_like(scale), scale), out=self.q)
-        if self.index is None or steps.table is None:
-            self.q.round_().clamp_(steps.low, steps.high)
-            return
-        first, lookup = _lookup(steps.table)
-        self.q.mul_(2).ceil_().clamp_(first, first + lookup.numel() - 1).sub_(first)
-        self.index.copy_(self.q)
-        torch.index_select(lookup.to(x.device), 0, self.index.view(-1), out=self.q.view(-1))
+        if self._lookup is None or self._index is None:
+            self.q.round_().clamp_(self.steps.low, self.steps.high)
+        else:
+            self._index.copy_(self._lookup.index(self.q))
+            values = self._lookup.values.to(self.q.device)
+            torch.index_select(values, 0, self._index.view(-1), out=self.q.view(-1))
 
     def error(self, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """[n] weighted squared error of the present multiples."""
-        values = torch.mul(self.q, scale, out=self.spare)
+        values = torch.mul(self.q, scale, out=self._spare)
         if offset is not None:
             values.add_(offset)
         return values.sub_(self.x).square_().mul_(self.w).sum(0)
 
+    def rounded_error(self, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        """[n] weighted squared error of rounding to nearest."""
+        self.round(scale, offset)
+        return self.error(scale, offset)
 
-def symmetric(groups: Groups, factors: tuple[float, ...], store: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Scales [n] as stored, and their errors; minimize ``sum w (x - scale * multiple)^2``.
+    def across(self, weighted: Tensor | None = None) -> Tensor:
+        """[n] ``sum w x q``, or ``sum weighted q``."""
+        return torch.mul(self.wx if weighted is None else weighted, self.q, out=self._spare).sum(0)
 
-    factors  how much shorter than the largest number the range of codes may be
-    """
-    x, steps = groups.x, groups.steps
-    extreme = torch.gather(x, 0, x.abs().argmax(0, keepdim=True))[0]
-    wx = groups.w * x
-    best, gain = torch.zeros_like(extreme), torch.zeros_like(extreme)
-    for end in (steps.low, steps.high):
-        for factor in factors:
+    def square(self) -> Tensor:
+        """[n] ``sum w q^2``."""
+        return torch.mul(self.w, self.q, out=self._spare).mul_(self.q).sum(0)
+
+    def linear_and_square(self) -> tuple[Tensor, Tensor]:
+        """[n] ``sum w q`` and ``sum w q^2``."""
+        weighted = torch.mul(self.w, self.q, out=self._spare)
+        return weighted.sum(0), weighted.mul_(self.q).sum(0)
+
+
+def symmetric(groups: Groups, store: Store) -> tuple[Tensor, Tensor]:
+    """Scales [n] as stored, and their errors; minimize ``sum w (x - scale * multiple)^2``."""
+    extreme = torch.gather(groups.x, 0, groups.x.abs().argmax(0, keepdim=True))[0]
+    scale, gain = torch.zeros_like(extreme), torch.zeros_like(extreme)
+    for end in groups.steps.ends:
+        for factor in FACTORS:
             groups.round(extreme * (factor / end))
-            scale, score = _scale_of(groups, wx)
-            better = score > gain
-            best, gain = torch.where(better, scale, best), torch.where(better, score, gain)
-    return _polish_scale(groups, wx, best, store)
-
-
-def _scale_of(groups: Groups, wx: Tensor) -> tuple[Tensor, Tensor]:
-    """The best scale for the present multiples, and by how much it lowers the error from zero's."""
-    square = torch.mul(groups.w, groups.q, out=groups.spare).mul_(groups.q).sum(0)
-    across = torch.mul(wx, groups.q, out=groups.spare).sum(0)
-    scale = quotient(across, square)
-    return scale, scale * across
-
-
-def _polish_scale(
-    groups: Groups, wx: Tensor, scale: Tensor, store: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    best = torch.zeros_like(scale)
-    least = torch.mul(wx, groups.x, out=groups.spare).sum(0)
+            across = groups.across()
+            found = quotient(across, groups.square())
+            score = found * across  # by how much it lowers the error from that of zeros
+            scale, gain = pick(score > gain, (found, score), (scale, gain))
+    plain = store(extreme / groups.steps.ends[0])
+    best = pick_least(groups, (torch.zeros_like(scale), plain))
     for _ in range(SWEEPS):
         scale = store(scale)
-        groups.round(scale)
-        error = groups.error(scale)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-        scale, _ = _scale_of(groups, wx)
-    return best, least
+        error = groups.rounded_error(scale)
+        best = pick(error < best[1], (scale, error), best)
+        scale = quotient(groups.across(), groups.square())
+    return best[0], best[1]
 
 
-def affine(
-    groups: Groups, ranges: tuple[tuple[float, float], ...], store: Callable[[Tensor], Tensor], below_zero: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def pick_least(groups: Groups, scales: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The scale of least error among a few, and the error."""
+    best: tuple[Tensor, ...] = (scales[0], groups.rounded_error(scales[0]))
+    for scale in scales[1:]:
+        error = groups.rounded_error(scale)
+        best = pick(error < best[1], (scale, error), best)
+    return best
+
+
+def affine(groups: Groups, store: Store, below_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scales and offsets [n] as stored, and their errors; minimize ``sum w (x - scale * multiple - offset)^2``.
 
-    Multiples start at 0.
-
-    ranges      which parts of the span from the least to the largest number the codes may cover
-    below_zero  offsets are at most 0
+    Multiples start at 0. With `below_zero` offsets are at most 0.
     """
-    x, w, high = groups.x, groups.w, groups.steps.high
-    low = x.amin(0).clamp_(max=0) if below_zero else x.amin(0)
-    span = x.amax(0) - low
-    lines = _Lines(groups, below_zero)
-    scale, offset, gain = lines.flat()
-    for start, stop in ranges:
-        groups.round(span * ((stop - start) / high), low + span * start)
-        found = lines.best()
-        better = found[2] > gain
-        scale, offset, gain = (torch.where(better, new, old) for new, old in zip(found, (scale, offset, gain), strict=True))
-    return _polish_line(groups, lines, scale, offset, store)
+    high = groups.steps.high
+    low = groups.x.amin(0)
+    if below_zero:
+        low = low.clamp(max=0)
+    span = groups.x.amax(0) - low
+    lines = Lines(groups, below_zero)
+    found = lines.flat()
+    for below in SLACK:
+        for above in SLACK:
+            scale = span / (high - below - above)
+            groups.round(scale, low - scale * below)
+            candidate = lines.best()
+            found = pick(candidate[2] > found[2], candidate, found)
+    plain = store(span / high), store(low)
+    best: tuple[Tensor, ...] = (*plain, groups.rounded_error(*plain))
+    scale, offset = found[:2]
+    for _ in range(SWEEPS):
+        scale, offset = store(scale), store(offset)
+        error = groups.rounded_error(scale, offset)
+        best = pick(error < best[2], (scale, offset, error), best)
+        scale, offset, _ = lines.best()
+    return best[0], best[1], best[2]
 
 
-class _Lines:
+class Lines:
     """Least squares of x by a line over the multiples, numbers taken from their weighted mean for precision."""
 
     def __init__(self, groups: Groups, below_zero: bool) -> None:
         self.groups, self.below_zero = groups, below_zero
         self.weight = groups.w.sum(0)
-        self.mean = (groups.w * groups.x).sum(0) / self.weight
+        self.mean = quotient(groups.wx.sum(0), self.weight)
         self.centred = groups.w * (groups.x - self.mean)
 
-    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale 0: the mean alone."""
-        offset = self.mean.clamp(max=0) if self.below_zero else self.mean.clone()
+    def flat(self) -> tuple[Tensor, ...]:
+        """Scale 0, the offset alone; as `best`."""
+        offset = self.mean.clamp(max=0) if self.below_zero else self.mean
         return torch.zeros_like(offset), offset, -self.weight * (self.mean - offset).square()
 
-    def best(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, offset, and by how much they lower the error from that of the mean."""
-        g = self.groups
-        weighted = torch.mul(g.w, g.q, out=g.spare)
-        linear = weighted.sum(0)
-        square = weighted.mul_(g.q).sum(0)
-        across = torch.mul(self.centred, g.q, out=g.spare).sum(0)
-        spread = square - linear * linear / self.weight
-        scale = torch.where(spread > 1e-6 * square, quotient(across, spread), 0.0)
-        offset = self.mean - scale * linear / self.weight
-        gain = scale * across
+    def best(self) -> tuple[Tensor, ...]:
+        """Scale, offset, and by how much they lower the error from that of the mean, for the present multiples."""
+        linear, square = self.groups.linear_and_square()
+        across = self.groups.across(self.centred)
+        middle = quotient(linear, self.weight)
+        spread = square - linear * middle
+        scale = torch.where(spread > 1e-6 * square, quotient(across, spread), torch.zeros_like(across))
+        line = scale, self.mean - scale * middle, scale * across
         if not self.below_zero:
-            return scale, offset, gain
-        through_zero = across + self.mean * linear
-        other = quotient(through_zero, square)
-        above = offset > 0
-        scale = torch.where(above, other, scale)
-        gain = torch.where(above, other * through_zero - self.mean.square() * self.weight, gain)
-        return scale, offset.clamp_(max=0), gain
-
-
-def _polish_line(
-    groups: Groups, lines: _Lines, scale: Tensor, offset: Tensor, store: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    best = (torch.zeros_like(scale), torch.zeros_like(scale), torch.full_like(scale, float("inf")))
-    for _ in range(SWEEPS):
-        scale, offset = store(scale), store(offset)
-        groups.round(scale, offset)
-        error = groups.error(scale, offset)
-        better = error < best[2]
-        best = (
-            torch.where(better, scale, best[0]),
-            torch.where(better, offset, best[1]),
-            torch.where(better, error, best[2]),
-        )
-        scale, offset, _ = lines.best()
-    return best
+            return line
+        through = across + self.mean * linear
+        scale = quotient(through, square)
+        zero = scale, torch.zeros_like(scale), scale * through - self.mean.square() * self.weight
+        return pick(line[1] > 0, zero, line)

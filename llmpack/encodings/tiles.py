@@ -87,8 +87,8 @@ def upright(W: Tensor, group: int) -> Tensor:
 def upright_weights(weights: Tensor | None, W: Tensor, group: int, block: int) -> Tensor:
     """Weights of columns, [columns] or None for ones, in the layout of ``upright(W, group)``.
 
-    Each block of columns is scaled to a largest weight of 1. A block whose weights are all zero gets ones: what no
-    input ever reaches is best served by plain rounding.
+    Each block of columns is scaled to a largest weight of 1, and no weight is less than a hundred-millionth: what no
+    input ever reaches is still rounded to something near. A block whose weights are all zero gets ones.
     """
     rows, columns = W.shape
     if weights is None:
@@ -96,4 +96,4 @@ def upright_weights(weights: Tensor | None, W: Tensor, group: int, block: int) -
     some = weights.to(W.device).reshape(-1, block)
     top = some.amax(1, keepdim=True)
     some = torch.where(top > 0, some / top, torch.ones_like(some))
-    return some.reshape(-1, group).T.repeat(1, rows)
+    return some.clamp_(min=1e-8).reshape(-1, group).T.repeat(1, rows)
