@@ -1,0 +1,352 @@
+"""Every family through the whole road: transformers' checkpoint, our GGUF file, llama.cpp's logits.
+
+The checkpoints are random and small (see tests/family_zoo.py). Real tokenizers are SmolLM2's own (byte-level BPE, from
+the demo model); in the place of others stand, because no package at hand carries them:
+
+    mistral, phi3    SentencePiece trained on Python's help texts, with Phi-3's end of text among the added tokens
+    gemma2, gemma3   the same, without the space before a text, as Gemma has it
+    qwen2            the same: transformers splits any byte-level vocabulary of a Qwen2 in Qwen2's way, and SmolLM2's
+                     numbers for the converter's check text are then in no table
+    qwen3, olmo2, smollm3, granite   SmolLM2's
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import (
+    Patched,
+    exchanged,
+    filled,
+    halves_exchanged,
+    interleaved,
+    number,
+    rows,
+    shifted,
+)
+from family_zoo import CONFIGS
+from gguf_oracle import convert, differing, keys_of, tensors_of
+
+from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.errors import InputRejected
+from llmpack.formats.facts import Facts
+from llmpack.formats.gguf import GgufFormat
+from llmpack.formats.readback import read_back
+from llmpack.models import family_of, open_model
+from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.settings import RuntimeSettings
+
+pytestmark = [
+    pytest.mark.xdist_group("families"),
+    pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
+]
+
+F16 = GgufFormat("f16")
+SETTINGS = RuntimeSettings(threads=1)
+LIMIT = 1e-2
+"""Relative error of logits, as norms over all positions and tokens."""
+LENGTH = 96
+BPE = ("llama", "qwen3", "olmo2", "smollm3", "granite")
+"""Families with SmolLM2's tokenizer."""
+ROPED = ("attn_q.weight", "attn_k.weight")
+QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
+
+
+@pytest.fixture(scope="session")
+def tokenizers(smollm_files, spm_files):
+    """Tokenizer files by family. All of them state a space before texts, which only some families heed."""
+    settings = json.loads(smollm_files["tokenizer_config.json"]) | {"add_prefix_space": False}
+    smollm = smollm_files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    settings = json.loads(spm_files["tokenizer_config.json"]) | {"add_prefix_space": True}
+    spm = spm_files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    tokenizer = json.loads(spm_files["tokenizer.json"])
+    tokenizer["pre_tokenizer"]["prepend_scheme"] = "never"
+    tokenizer["decoder"]["decoders"].pop()  # strips the space that was put before
+    gemma = spm | {"tokenizer.json": json.dumps(tokenizer).encode()}
+    tokenizer = json.loads(spm_files["tokenizer.json"])
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    for number_, content, special in ((603, "<|endoftext|>", True), (604, "<|tool|>", False)):
+        tokenizer["added_tokens"].append({"id": number_, "content": content, **flags, "special": special})
+    phi = spm | {"tokenizer.json": json.dumps(tokenizer).encode()}
+    kinds = {"gemma2": gemma, "gemma3": gemma, "phi3": phi, "phi3-long": phi}
+    return {name: smollm if name in BPE else kinds.get(name, spm) for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def make(checkpoint_factory, tokenizers, tmp_path_factory):
+    """Makes the checkpoint of a family, with changes to its config."""
+
+    def folder(name: str, **changes) -> Path:
+        size = 49216 if name in BPE else 608
+        made = checkpoint_factory(tokenizer=None, vocab_size=size, **CONFIGS[name] | changes)
+        # llama.cpp treats special tokens otherwise where a model's name has "phi3" in it
+        copy = tmp_path_factory.mktemp("family") / name.replace("phi3", "phi")
+        shutil.copytree(made, copy)
+        for file, content in tokenizers[name].items():
+            (copy / file).write_bytes(content)
+        return copy
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(make):
+    return {name: make(name) for name in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def converted(folders):
+    """The converter's files."""
+    return dict(zip(folders, convert(list(folders.values())), strict=True))
+
+
+@pytest.fixture(scope="session")
+def written(folders, tmp_path_factory):
+    """Our files."""
+    out = tmp_path_factory.mktemp("families")
+    return {name: write(folder, out / f"{name}.gguf") for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    with LlamaRuntime() as started:
+        yield started
+
+
+def write(folder: Path, path: Path) -> Path:
+    checkpoint = Checkpoint.open(folder)
+    graph = open_model(checkpoint)
+    facts = Facts.of_folder(folder, folder.name, graph.parameters)
+    F16.write(checkpoint, graph, path, facts)
+    assert path.stat().st_size == F16.nbytes(graph, checkpoint, facts)
+    return path
+
+
+def tokens_of(length: int) -> list[int]:
+    return np.random.default_rng(5).integers(3, 600, length).tolist()
+
+
+def reference(folder: Path, tokens: list[int]) -> np.ndarray:
+    """Logits of transformers' whole model in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.fixture(scope="session")
+def references(folders):
+    """Logits by family and length, computed once."""
+    found: dict[tuple[str, int], np.ndarray] = {}
+
+    def get(name: str, length: int = LENGTH) -> np.ndarray:
+        if (name, length) not in found:
+            found[name, length] = reference(folders[name], tokens_of(length))
+        return found[name, length]
+
+    return get
+
+
+def error_of(runtime: LlamaRuntime, path: Path, expected: np.ndarray, context: int = 256) -> float:
+    """How far llama.cpp's logits are from the expected ones, relative to these."""
+    runtime.open(path, SETTINGS, context)
+    return float(np.linalg.norm(runtime.logits(tokens_of(len(expected))) - expected) / np.linalg.norm(expected))
+
+
+# --- what the converter writes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_file_is_the_converters(written, converted, name):
+    mine, theirs = tensors_of(written[name]), tensors_of(converted[name])
+    assert mine.keys() == theirs.keys()
+    for tensor, (encoding, shape, data) in mine.items():
+        assert (encoding, shape) == theirs[tensor][:2], tensor
+        assert np.array_equal(data, theirs[tensor][2]), tensor
+    assert differing(keys_of(written[name]), keys_of(converted[name])) == set()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_token_ids_are_the_checkpoints(written, folders, name):
+    checkpoint = Checkpoint.open(folders[name])
+    graph = open_model(checkpoint)
+    facts = Facts.of_folder(folders[name], folders[name].name, graph.parameters)
+    assert read_back(written[name], checkpoint, graph, F16, facts, SETTINGS).tensors == len(tensors_of(written[name]))
+
+
+# --- what llama.cpp computes
+
+RUNS = [(name, LENGTH, 256) for name in CONFIGS] + [("phi3-long", 300, 512)]
+
+
+@pytest.mark.parametrize(("name", "length", "context"), RUNS)
+def test_logits_are_transformers(written, references, runtime, name, length, context):
+    expected = references(name, length)
+    assert expected.std() > 1  # not flat
+    assert error_of(runtime, written[name], expected, context) < LIMIT
+
+
+# --- that the comparison would notice
+
+QKV = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+ROPED_BIASES = ("attn_q.bias", "attn_k.bias")
+
+
+def order_of_rotary(numbers: np.ndarray) -> np.ndarray:
+    """Halves of heads interleaved in q and k, in rows of 4 heads of q, 2 of k, 2 of v."""
+    roped = numbers[:96].reshape(-1, 2, 8).swapaxes(1, 2).reshape(-1)
+    return np.concatenate([roped, numbers[96:]])
+
+
+def order_of_qkv(numbers: np.ndarray) -> np.ndarray:
+    """k before q, in rows of 4 heads of q, 2 of k, 2 of v."""
+    q, k, v = np.split(numbers, [64, 96])
+    return np.concatenate([k, q, v])
+
+
+WRONG = {
+    "llama": {
+        "rotary rows as in the checkpoint": interleaved(ROPED, 16, back=True),
+        "rotary base": number("rope.freq_base", 1e6),
+        "epsilon": number("attention.layer_norm_rms_epsilon", 0.1),
+    },
+    "mistral": {
+        "rotary rows as in the checkpoint": interleaved(ROPED, 32, back=True),
+        "rows interleaved over two heads": interleaved(ROPED, 64),
+        "gate and up exchanged": exchanged("ffn_gate.weight", "ffn_up.weight"),
+    },
+    "qwen2": {
+        "rotary rows interleaved": interleaved(ROPED, 16),
+        "biases dropped": filled(QKV, 0),
+        "bias of v dropped": filled(("attn_v.bias",), 0),
+        "biases interleaved": interleaved(ROPED_BIASES, 16),
+        "rotary base": number("rope.freq_base", 1e4),
+    },
+    "qwen3": {
+        "rotary rows interleaved": interleaved(ROPED, 32),
+        "norms of q and k dropped": filled(QK_NORMS, 1),
+        "norm of k dropped": filled(("attn_k_norm.weight",), 1),
+        "norms of q and k exchanged": exchanged(*QK_NORMS),
+    },
+    "gemma2": {
+        "rotary rows interleaved": interleaved(ROPED, 32),
+        "cap of scores": number("attn_logit_softcapping", 50.0),
+        "cap of logits": number("final_logit_softcapping", 30.0),
+        "window twice as long": number("attention.sliding_window", 32),
+        "window one token short": number("attention.sliding_window", 15),
+        "norms without their one": shifted(-1.0),
+        "norms before and after exchanged": exchanged("attn_norm.weight", "post_attention_norm.weight"),
+    },
+    "gemma3": {
+        "norms of q and k dropped": filled(QK_NORMS, 1),
+        "window twice as long": number("attention.sliding_window", 32),
+        "window one token short": number("attention.sliding_window", 15),
+        "no window": number("attention.sliding_window", 0),
+        "rotary base of windows": number("rope.freq_base_swa", 1e6),
+        "rotary base": number("rope.freq_base", 1e4),
+        "scaling of positions": number("rope.scaling.factor", 1.0),
+        "norms without their one": shifted(-1.0),
+    },
+    "phi3": {
+        "rotary rows interleaved": rows("attn_qkv.weight", order_of_rotary),
+        "k before q": rows("attn_qkv.weight", order_of_qkv),
+        "up before gate": rows("ffn_up.weight", halves_exchanged),
+        "rotary base": number("rope.freq_base", 1e6),
+    },
+    "phi3-long": {
+        "divisors for long contexts": number("rope.scaling.original_context_length", 128),
+        "length of rotated vectors": number("rope.scaling.attn_factor", 1.0),
+        "k before q": rows("attn_qkv.weight", order_of_qkv),
+    },
+    "olmo2": {
+        "rotary rows interleaved": interleaved(ROPED, 16),
+        "norms of q and k dropped": filled(QK_NORMS, 1),
+        "norms after exchanged": exchanged("post_attention_norm.weight", "post_ffw_norm.weight"),
+    },
+    "smollm3": {
+        "rotary rows as in the checkpoint": interleaved(ROPED, 16, back=True),
+        "rotary base": number("rope.freq_base", 1e4),
+    },
+    "granite": {
+        "no multiplier of embeddings": number("embedding_scale", 1.0),
+        "no multiplier of scores": number("attention.scale", 0.25),
+        "no multiplier of what blocks add": number("residual_scale", 1.0),
+        "no divisor of logits": number("logit_scale", 1.0),
+        "biases dropped": filled((*QKV, "attn_output.bias", "ffn_down.bias"), 0),
+        "biases of q and k not interleaved": interleaved(ROPED_BIASES, 16, back=True),
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "what"), [(name, what) for name in WRONG for what in WRONG[name]])
+def test_what_would_be_wrong_is_seen(written, references, runtime, tmp_path, name, what):
+    patched = Patched(written[name], tmp_path / "wrong.gguf")
+    WRONG[name][what](patched)
+    patched.raw.flush()
+    error = error_of(runtime, patched.path, references(name))
+    assert error > 2 * LIMIT
+
+
+# --- what llama.cpp has built in, and what it lacks
+
+BUILT_IN = {
+    "smollm3: every block rotated": ("smollm3", {"no_rope_layers": [1] * 5}, "no_rope_layers"),
+    "gemma2: another scale of scores": ("gemma2", {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar"),
+    "gemma2: another rotary base": ("gemma2", {"rope_theta": 1e6}, "rope_theta"),
+    "gemma2: windows nowhere": ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+    "gemma3: another period": ("gemma3", {"sliding_window_pattern": 3}, "layer_types"),
+}
+
+
+@pytest.mark.parametrize("which", BUILT_IN)
+def test_what_a_file_cannot_say_is_refused_and_would_be_wrong(folders, written, runtime, tmp_path, which):
+    name, change, key = BUILT_IN[which]
+    other = tmp_path / "other"
+    shutil.copytree(folders[name], other)
+    config = json.loads((other / "config.json").read_text()) | change
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRejected, match=key) as caught:
+        open_model(Checkpoint.open(other))
+    assert {problem.rule for problem in caught.value.problems} == {"unsupported-config"}
+    assert error_of(runtime, written[name], reference(other, tokens_of(LENGTH))) > 2 * LIMIT
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 32},
+    "qwen2": {"use_sliding_window": True},
+    "phi3": {"sliding_window": 32},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 32, "layer_types": ["sliding_attention"] * 5},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_that_llama_cpp_lacks_are_told_and_right_up_to_their_length(make, runtime, tmp_path, name):
+    folder = make(name, **WINDOWS[name])
+    config = Checkpoint.open(folder).config
+    (note,) = family_of(config).notes(config)
+    assert "last 32 tokens" in note
+    path = write(folder, tmp_path / "window.gguf")
+    assert error_of(runtime, path, reference(folder, tokens_of(32))) < LIMIT
+    assert error_of(runtime, path, reference(folder, tokens_of(LENGTH))) > 2 * LIMIT
+
+
+def test_a_gemma_3_without_windows_has_none_in_llama_cpp_either(make, runtime, tmp_path):
+    folder = make("gemma3", layer_types=["full_attention"] * 7)
+    path = write(folder, tmp_path / "full.gguf")
+    assert "gemma3.attention.sliding_window" not in keys_of(path)
+    assert error_of(runtime, path, reference(folder, tokens_of(LENGTH))) < LIMIT
+
+
+def test_longrope_goes_by_the_context_that_llama_cpp_is_opened_with(folders, written, references, runtime):
+    config = Checkpoint.open(folders["phi3-long"]).config
+    assert "at most 256" in family_of(config).notes(config)[-1]
+    assert error_of(runtime, written["phi3-long"], references("phi3-long"), context=512) > 2 * LIMIT
