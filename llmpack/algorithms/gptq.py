@@ -54,7 +54,7 @@ def gptq(
 
     Raises NumericalError when H does not factor.
     """
-    factor = factorize(H, damping, order, dtype=W.dtype)
+    factor = factorize(H, damping, order)
     return round_together([W], factor, [grid], encoding)[0].quantized
 
 
@@ -64,7 +64,8 @@ def round_together(
     """GPTQ of matrices that read the same input and have one encoding, in one pass.
 
     Rows never see each other, so the result is that of one matrix after the other. The arithmetic
-    runs in the precision of ``factor.upper``.
+    runs in the precision of ``factor.upper``: float32 is up to a third faster, and lets about one code
+    in a hundred thousand fall to the other side of a tie, after which the rest of its row differs.
     """
     if encoding.joint_columns != 1:
         raise ValueError(f"{encoding.name} has codes that span {encoding.joint_columns} columns; GPTQ needs one")

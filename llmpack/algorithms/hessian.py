@@ -109,7 +109,7 @@ def factorize(H: Tensor, damping: float = 0.01, order: str = "activation", dtype
 
     H        [columns, columns] symmetric, ``E[x x^T]``
     damping  fraction of the mean of H's diagonal (over columns that are not dead) added to it
-    dtype    of the result, float32 unless told; the factorization itself always runs in float64
+    dtype    of the result, float64 unless told; the factorization itself always runs in float64
 
     ``R R^T = H`` with upper triangular R is Cholesky's factor of H read backwards. GPTQ is usually
     written with its inverse (``U = R^-1``, ``U^T U = H^-1``); R needs no inverse, half the work and none of
@@ -130,7 +130,7 @@ def factorize(H: Tensor, damping: float = 0.01, order: str = "activation", dtype
         torch.diagonal(damped).copy_(torch.where(dead, mean, diagonal) + fraction * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(failed) == 0 and bool(torch.isfinite(lower).all()):
-            upper = lower.flip(0, 1).to(dtype or torch.float32).contiguous()
+            upper = lower.flip(0, 1).to(dtype or torch.float64).contiguous()
             return Factor(columns, upper, fraction, tuple(raised), int(dead.sum()))
         raised.append(fraction)
     tried = ", ".join(f"{fraction:g}" for fraction in raised)
