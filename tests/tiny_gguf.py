@@ -93,7 +93,7 @@ def write_tiny_gguf(
 
 
 def write_empty_gguf(path: Path, config: dict, kind: gguf.GGMLQuantizationType, *, tied: bool, window: int = 0) -> Path:
-    """A Llama of any size (a Gemma 2 with a window), its weights all zero and its file sparse: memory and time are those of a real one."""
+    """A Llama of any size (a Gemma 2 with a window) with weights all zero: it costs what a real one does."""
     width, hidden, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head = config.get("head_dim", width // config["num_attention_heads"])
     q, kv = head * config["num_attention_heads"], head * config["num_key_value_heads"]
