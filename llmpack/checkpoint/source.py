@@ -179,8 +179,10 @@ def _distribution_licence(found: importlib.metadata.Distribution) -> Licence:
     return Licence(facts, tuple(inside))
 
 
-def require_plain(located: Located, dequantize: bool) -> None:
+def require_plain(located: Located, dequantize: bool, checkpoint: Checkpoint | None = None) -> None:
     """Refuse a source whose weights are quantized already, unless the recipe says `dequantize = true`.
+
+    checkpoint  the folder of `located`, if the caller has opened it
 
     Raises InputRejected (``already-quantized``). A `quantization_config` is refused either way, since llmpack does
     not decode those forms.
@@ -196,7 +198,8 @@ def require_plain(located: Located, dequantize: bool) -> None:
             )
             raise InputRejected([Problem(text, where=where, rule="already-quantized")])
         counts = {}
-        for tensor in Checkpoint.open(located.path).tensors.values():
+        opened = Checkpoint.open(located.path) if checkpoint is None else checkpoint
+        for tensor in opened.tensors.values():
             counts[tensor.encoding] = counts.get(tensor.encoding, 0) + 1
     packed = {name: count for name, count in counts.items() if not is_plain(name)}
     if packed and not dequantize:

@@ -93,7 +93,7 @@ def plan(
     """Show what a build would make: exact bytes, expected memory and speed, what is cached. Reads headers only."""
     from llmpack.cli.show import show_plan
     from llmpack.errors import BudgetMissed
-    from llmpack.pipeline.build import plan_bundle
+    from llmpack.pipeline.planning import plan_bundle
 
     planned = plan_bundle(_order(recipe, Path("bundles"), set, cache, False, offline))
     session.answer(planned.plan.document(), lambda: show_plan(planned))

@@ -16,44 +16,32 @@ A stage stops the build by raising. What steps have finished stays in the cache;
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llmpack.checkpoint.atomic import temporary_name
 from llmpack.digest import sha256_value
 from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.planning import PLANNING, Stage
 from llmpack.pipeline.stages.judging import judge
 from llmpack.pipeline.stages.measuring import measure
-from llmpack.pipeline.stages.opening import open_source
-from llmpack.pipeline.stages.planning import plan
-from llmpack.pipeline.stages.reading import read
 from llmpack.pipeline.stages.reading_back import read_back
 from llmpack.pipeline.stages.recording import record
 from llmpack.pipeline.stages.running import run
 from llmpack.pipeline.stages.writing import write
 from llmpack.pipeline.state import Build, Order
 
-Stage = Callable[[Build], Build]
-
-STAGES: tuple[Stage, ...] = (read, open_source, plan, run, write, read_back, measure, judge, record)
-PLANNING = STAGES[: STAGES.index(plan) + 1]
+STAGES: tuple[Stage, ...] = (*PLANNING, run, write, read_back, measure, judge, record)
 
 
 def build_bundle(order: Order) -> Build:
     """Make and publish the bundle of a recipe. Raises what the stages raise (see `llmpack.errors`)."""
-    build = read(Build(order))
+    first, *others = STAGES
+    build = first(Build(order))
     with reserved(build.cache, build.final):
-        for stage in STAGES[1:]:
+        for stage in others:
             build = stage(build)
-    return build
-
-
-def plan_bundle(order: Order) -> Build:
-    """The first stages alone: what a build would do."""
-    build = Build(order)
-    for stage in PLANNING:
-        build = stage(build)
     return build
 
 

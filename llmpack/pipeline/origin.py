@@ -75,12 +75,13 @@ def open_origin(recipe: Recipe, document: TomlDocument, cache: Cache, *, offline
     if located.kind == "folder" and recipe.source.dtype is not None:
         message = "only a GGUF source is decoded; a folder keeps the float type in which it is stored"
         raise RecipeError([document.problem(("source", "dtype"), message)])
-    require_plain(located, recipe.source.dequantize)
     if located.kind == "folder":
         checkpoint = Checkpoint.open(located.path)
+        require_plain(located, recipe.source.dequantize, checkpoint)
         graph = open_model(checkpoint)
         name = located.ref.repository or located.path.resolve().name
         return Origin(located, checkpoint, graph, Facts.of_folder(located.path, name, graph.parameters), {})
+    require_plain(located, recipe.source.dequantize)
     gguf = GgufFile.open(located.path)
     checkpoint = _imported(gguf, recipe.source.dtype or DEFAULT_DTYPE, cache)
     packed = {name: count for name, count in gguf.encodings.items() if not is_plain(name)}

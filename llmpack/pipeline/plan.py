@@ -26,6 +26,7 @@ from llmpack.pipeline.toml_positions import TomlDocument
 from llmpack.runtime.settings import usable_cores
 from llmpack.steps.step import Step
 from llmpack.target.budget import Verdict, judge
+from llmpack.target.cure import cures
 from llmpack.target.device import HOST, Device, device
 from llmpack.target.estimate import Estimate, estimate
 from llmpack.units import format_size
@@ -138,7 +139,14 @@ def make_plan(
     nbytes = file_format.nbytes(graph, origin.checkpoint, facts)
     disk = nbytes + SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
     guess = estimate(graph, recipe.runtime, chosen, recipe.budget.context, disk=disk)
-    verdict = judge(recipe.budget, guess.findings(), chosen, accept=recipe.target.accept, missing=guess.missing)
+    verdict = judge(
+        recipe.budget,
+        guess.findings(),
+        chosen,
+        accept=recipe.target.accept,
+        cure=cures(graph, recipe.runtime, chosen, recipe.budget.context),
+        missing=guess.missing,
+    )
     threads = recipe.build.threads or usable_cores()
     steps = _states(recipe, graphs, origin, calibration, cache, threads)
     return Plan(

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpack.pipeline.cache import Cache
-from llmpack.pipeline.evidence import Subject
 from llmpack.progress import QUIET, Progress
-from llmpack.target.measure import STANDARD, Protocol
 
 if TYPE_CHECKING:
     from llmpack.checkpoint.checkpoint import Checkpoint
     from llmpack.formats.bundle import Bundle
     from llmpack.formats.readback import ReadBack
     from llmpack.pipeline.corpora import Text
+    from llmpack.pipeline.evidence import Subject
     from llmpack.pipeline.manifest import Observed
     from llmpack.pipeline.origin import Origin
     from llmpack.pipeline.plan import Plan
     from llmpack.pipeline.recipe import Recipe
     from llmpack.pipeline.toml_positions import TomlDocument
     from llmpack.target.budget import Finding, Verdict
+    from llmpack.target.measure import Protocol
 
 
 class _Later:
@@ -44,7 +44,7 @@ class Order:
     out        folder in which the bundle's folder is to appear
     overrides  ``path=value`` changes of the recipe
     offline    touch no network
-    protocol   how long is measured
+    protocol   how long is measured; the standard one for None
     """
 
     recipe: Path
@@ -53,7 +53,7 @@ class Order:
     overrides: tuple[str, ...] = ()
     offline: bool = False
     progress: Progress = QUIET
-    protocol: Protocol = STANDARD
+    protocol: Protocol | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ class Build:
     @property
     def subject(self) -> Subject:
         """The model file and how it is run."""
+        from llmpack.pipeline.evidence import Subject
+
         return Subject(self.artifact.path, self.artifact.sha256, self.recipe.runtime)
 
     @property

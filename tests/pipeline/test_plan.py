@@ -12,7 +12,7 @@ import pytest
 
 from llmpack.errors import RecipeError
 from llmpack.models import family_of
-from llmpack.pipeline.build import plan_bundle
+from llmpack.pipeline.planning import plan_bundle
 
 BIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,7 +71,7 @@ def test_planning_a_7b_model_costs_little_memory_and_no_torch(big, tmp_path):
         import json, sys, time
         start = time.process_time()
         from pathlib import Path
-        from llmpack.pipeline.build import plan_bundle
+        from llmpack.pipeline.planning import plan_bundle
         from llmpack.pipeline.cache import Cache
         from llmpack.pipeline.state import Order
         plan = plan_bundle(Order(Path({str(recipe)!r}), Path("out"), Cache(Path({str(tmp_path / "cache")!r})))).plan

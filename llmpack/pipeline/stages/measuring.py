@@ -12,6 +12,7 @@ from llmpack.pipeline.plan import is_host
 from llmpack.pipeline.state import Build
 from llmpack.target.budget import Finding, judge
 from llmpack.target.device import HOST, device
+from llmpack.target.measure import STANDARD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,7 @@ def measure(build: Build) -> Build:
             build.plan.device,
             build.recipe.budget.context,
             build.cache,
-            protocol=build.order.protocol,
+            protocol=build.order.protocol or STANDARD,
             good=lambda kept: _none_fails(build, kept),
         )
         findings += found.findings
