@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,4 +190,20 @@ def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             import_gguf(GgufFile.open(demo_gguf), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packable(checkpoint_factory: Factory, demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied Llama of two narrow blocks with SmolLM2's vocabulary, as a folder."""
+    from llmpack.checkpoint.gguf_file import GgufFile
+    from llmpack.models.gguf_tokenizer import tokenizer_files
+
+    made = checkpoint_factory(tokenizer=None, vocab_size=49152)
+    folder = tmp_path_factory.mktemp("packable") / "tiny-llama"
+    shutil.copytree(made, folder)
+    for name, content in tokenizer_files(GgufFile.open(demo_gguf).metadata).items():
+        (folder / name).write_bytes(content)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny Llama\n")
+    (folder / "LICENSE").write_text("The licence of a tiny Llama.\n")
     return folder
