@@ -72,6 +72,34 @@ class HessianSum:
         return upper + torch.triu(upper, 1).T
 
 
+class CrossSum:
+    """Running sum of ``r x^T`` over tokens, float32, for two inputs seen at the same places."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.columns = columns
+        self.tokens = 0
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+
+    def add(self, reference: Tensor, x: Tensor) -> None:
+        """Add pairs [..., columns] of any float dtype; every leading index is a token."""
+        r, x = (one.detach().reshape(-1, self.columns) for one in (reference, x))
+        for left, right in zip(torch.split(r, CHUNK), torch.split(x, CHUNK), strict=True):
+            left, right = (one.to(device=self._sum.device, dtype=torch.float32) for one in (left, right))
+            for start in range(0, self.columns, TILE):
+                stop = min(start + TILE, self.columns)
+                self._sum[start:stop].add_(left[:, start:stop].T @ right)
+        self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """``E[r x^T]`` [columns, columns] float32. Raises NumericalError as `HessianSum.mean` does."""
+        if self.tokens == 0:
+            raise NumericalError("no token reached this layer; add calibration text")
+        mean = self._sum / self.tokens
+        if not bool(torch.isfinite(mean).all()):
+            raise NumericalError(f"inputs of this layer were not finite within {self.tokens} calibration tokens")
+        return mean
+
+
 @dataclass(frozen=True)
 class Factor:
     """A Hessian made ready for rounding columns one after the other.

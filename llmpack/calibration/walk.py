@@ -4,24 +4,29 @@ At every block the consumer gets the second moments of all inputs from one forwa
 on; the block then runs with the replaced weights and its outputs are the next block's inputs. So errors made in one
 block are seen, and compensated, by the next.
 
+A walk may carry a second stream beside it, the reference: the same text through the unchanged model. Each block then
+also gives the moments between what it sees and what it would have seen.
+
 Activations lie in a file between blocks and pass through memory a batch at a time: peak memory is one block, its
-Hessians and one batch. The file of the newest block is durable before older ones go, so that a killed walk starts
-again at that block, with the same bytes.
+Hessians and one batch of each stream. The file of the newest block is durable before older ones go, so that a killed
+walk starts again at that block, with the same bytes.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmpack.algorithms.hessian import HessianSum
+from llmpack.algorithms.hessian import CrossSum, HessianSum
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -42,15 +47,29 @@ else:
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one input of a block.
+
+    own    ``E[x x^T]`` of what the block sees
+    cross  ``E[r x^T]`` with r what the unchanged model has at the same place
+    """
+
+    own: HessianSum
+    cross: CrossSum
+
+
 class Activations:
     """Inputs of one block for every sequence, [N, length, D] float32, in one file per block.
+
+    A second stream, the reference's, follows the first in the file.
 
     The name of a file holds what they depend on: checkpoint, corpus and precision. What was replaced in the blocks
     before is not in it, so a folder belongs to one step with one set of options.
     """
 
-    def __init__(self, folder: Path, identity: str, shape: tuple[int, int, int]) -> None:
-        self.folder, self.identity, self.shape = folder, identity, shape
+    def __init__(self, folder: Path, identity: str, shape: tuple[int, int, int], streams: int = 1) -> None:
+        self.folder, self.identity, self.shape, self.streams = folder, identity, shape, streams
 
     def path(self, index: int) -> Path:
         """The file of the inputs of block `index`."""
@@ -59,7 +78,7 @@ class Activations:
     @property
     def nbytes(self) -> int:
         """Bytes of a file."""
-        return 4 * int(np.prod(self.shape, dtype=np.int64))
+        return 4 * self.streams * int(np.prod(self.shape, dtype=np.int64))
 
     def newest(self) -> int | None:
         """The last block whose inputs are there, whole."""
@@ -79,13 +98,21 @@ class Activations:
         """The sequences of each batch."""
         return list(batches(self.shape[0], self.shape[1]))
 
-    def read(self, index: int) -> Iterator[Tensor]:
-        """The inputs of a block, batch by batch."""
-        with self.path(index).open("rb") as file:
+    def read(self, index: int, stream: int = 0) -> Iterator[Tensor]:
+        """The inputs of a block, batch by batch; stream 1 is the reference's."""
+        return self._read(self.path(index), stream * self.nbytes // self.streams)
+
+    def read_reference_draft(self, index: int) -> Iterator[Tensor]:
+        """What `reference_draft` holds, batch by batch."""
+        return self._read(self.reference_draft(index), 0)
+
+    def _read(self, path: Path, offset: int) -> Iterator[Tensor]:
+        with path.open("rb") as file:
+            file.seek(offset)
             for part in self.parts():
                 batch = torch.empty((part.stop - part.start, *self.shape[1:]), dtype=torch.float32)
                 if file.readinto(batch.numpy().data.cast("B")) != 4 * batch.numel():
-                    raise StepFailed(f"{self.path(index)} ends early; delete it and start again")
+                    raise StepFailed(f"{path} ends early; delete it and start again")
                 yield batch
 
     def write(self, path: Path, hidden: Iterable[Tensor]) -> None:
@@ -102,6 +129,10 @@ class Activations:
     def draft(self, index: int) -> Path:
         """Where inputs of block `index` wait until the block before is done with."""
         return self.path(index).with_suffix(".draft")
+
+    def reference_draft(self, index: int) -> Path:
+        """Where the reference's inputs of block `index` wait until those of the walk itself are there."""
+        return self.path(index).with_suffix(".reference")
 
     def begin(self, index: int) -> None:
         """Let the draft become the inputs of block `index`, and remove those of all others."""
@@ -123,7 +154,7 @@ class Visit:
         self.index = index
         self.specs: tuple[TensorSpec, ...] = forward.graph.block(index)
         self._forward, self._activations, self._progress = forward, activations, progress
-        self._observe, self._drafted = observe, False
+        self._observe, self._drafted, self._referred = observe, False, False
         self._block: Block | None = forward.load_block(index)
         self._replaced: dict[str, Tensor] = {}
 
@@ -166,35 +197,80 @@ class Visit:
 
         One forward pass with the weights as they are now. inputs: only these, all for None.
         """
-        groups = self._forward.graph.input_groups(self.index)
-        chosen = [name for name in groups if inputs is None or name in inputs]
-        sums = {name: HessianSum(groups[name][0].shape[1], self._forward.device) for name in chosen}
-        with ExitStack() as hooks:
-            for name in chosen:
-                path = self._forward.module_path(groups[name][0]).rpartition(".")[0]
-                add = partial(_add_input, sums[name])
-                hooks.callback(self._module.get_submodule(path).register_forward_pre_hook(add).remove)
+        sums = {name: HessianSum(columns, self._forward.device) for name, columns in self._widths(inputs).items()}
+        with self._watched({name: total.add for name, total in sums.items()}):
             self._run(keep=self._observe and not self._drafted)
         return sums
+
+    def moments(self, inputs: Collection[str] | None = None) -> dict[str, Moments]:
+        """Second moments of each input, and those between it and the reference's, over every token of the corpus.
+
+        One forward pass of both streams, with the block as the checkpoint has it. Raises ValueError in a walk without a
+        reference, and once something was replaced.
+        """
+        if self._activations.streams == 1 or self._replaced:
+            raise ValueError("moments with the reference need a walk with one, and a block as it was")
+        device = self._forward.device
+        sums = {n: Moments(HessianSum(c, device), CrossSum(c, device)) for n, c in self._widths(inputs).items()}
+        seen: dict[str, Tensor] = {}
+
+        def both() -> Iterator[Tensor]:
+            own = self._activations.read(self.index)
+            for output in self._outputs(stream=1):
+                reference = dict(seen)
+                self._forward.run(Block(self.index, self._module), next(own))
+                for name, one in sums.items():
+                    one.own.add(seen[name])
+                    one.cross.add(reference[name], seen[name])
+                yield output
+
+        with self._watched({name: partial(seen.__setitem__, name) for name in sums}):
+            self._write_reference(both())
+        return sums
+
+    def _widths(self, inputs: Collection[str] | None) -> dict[str, int]:
+        groups = self._forward.graph.input_groups(self.index)
+        return {name: specs[0].shape[1] for name, specs in groups.items() if inputs is None or name in inputs}
+
+    def _watched(self, take: Mapping[str, Callable[[Tensor], object]]) -> ExitStack:
+        """While it is open, each input of these names is given away whenever the block runs."""
+        groups = self._forward.graph.input_groups(self.index)
+        with ExitStack() as hooks:
+            for name, receive in take.items():
+                path = self._forward.module_path(groups[name][0]).rpartition(".")[0]
+                give = partial(_give_input, receive)
+                hooks.callback(self._module.get_submodule(path).register_forward_pre_hook(give).remove)
+            return hooks.pop_all()
+
+    def _write_reference(self, outputs: Iterator[Tensor]) -> None:
+        """Keep the reference's outputs until the walk leaves; after the last block nobody reads them."""
+        if self.index + 1 < self._forward.graph.block_count and not self._referred:
+            self._activations.write(self._activations.reference_draft(self.index + 1), outputs)
+            self._referred = True
+        else:
+            deque(outputs, maxlen=0)
 
     def _run(self, keep: bool) -> None:
         """Run the block over the corpus; keep: its outputs are drafted as the inputs of the next block."""
         if keep and self.index + 1 < self._forward.graph.block_count:
-            self._activations.write(self._activations.draft(self.index + 1), self._outputs())
+            following = self._activations.read_reference_draft(self.index + 1) if self._referred else iter(())
+            self._activations.write(self._activations.draft(self.index + 1), chain(self._outputs(), following))
             self._drafted = True
         else:
             deque(self._outputs(), maxlen=0)
 
-    def _outputs(self) -> Iterator[Tensor]:
+    def _outputs(self, stream: int = 0) -> Iterator[Tensor]:
         count, length, _ = self._activations.shape
         block = Block(self.index, self._module)
         with self._progress.task(f"block {self.index}", count * length) as done:
-            for hidden in self._activations.read(self.index):
+            for hidden in self._activations.read(self.index, stream):
                 yield self._forward.run(block, hidden)
                 done(hidden.shape[0] * length)
 
     def leave(self) -> None:
         """Called by the walk: see to the inputs of the next block, and give the memory of this one back."""
+        if self._activations.streams > 1 and not self._referred:
+            self.moments(())
         if not self._drafted:
             self._run(keep=True)
         self._activations.begin(self.index + 1)
@@ -202,12 +278,12 @@ class Visit:
         self._replaced.clear()
 
 
-def _add_input(total: HessianSum, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-    total.add(given[0])
+def _give_input(receive: Callable[[Tensor], object], _: nn.Module, given: tuple[Tensor, ...]) -> None:
+    receive(given[0])
 
 
 def _activations(
-    checkpoint: Checkpoint, graph: ModelGraph, corpus: Corpus, work: Path, dtype: torch.dtype
+    checkpoint: Checkpoint, graph: ModelGraph, corpus: Corpus, work: Path, dtype: torch.dtype, reference: bool
 ) -> Activations:
     hidden = next(spec for spec in graph.outside if spec.part == "embedding").shape[1]
     identity = sha256_value(
@@ -217,17 +293,25 @@ def _activations(
             "corpus": corpus.digest,
             "dtype": str(dtype),
             "batch": BATCH_TOKENS,
+            "reference": reference,
         }
     )
-    return Activations(work, identity[:16], (corpus.tokens.shape[0], corpus.length, hidden))
+    return Activations(work, identity[:16], (corpus.tokens.shape[0], corpus.length, hidden), 2 if reference else 1)
 
 
 def resume_point(
-    checkpoint: Checkpoint, graph: ModelGraph, corpus: Corpus, *, work: Path, dtype: torch.dtype | None = None
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    corpus: Corpus,
+    *,
+    work: Path,
+    dtype: torch.dtype | None = None,
+    reference: bool = False,
 ) -> int:
     """The block at which a walk in `work` can start: 0, or the newest one whose inputs were saved."""
-    newest = _activations(checkpoint, graph, corpus, work, dtype or torch.float32).newest() if work.is_dir() else None
-    return newest or 0
+    if not work.is_dir():
+        return 0
+    return _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference).newest() or 0
 
 
 def walk(
@@ -241,24 +325,27 @@ def walk(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     observe: bool = False,
+    reference: bool = False,
 ) -> Iterator[Visit]:
     """Visit the blocks from `start` on, in order.
 
-    work     a folder for activations, of this step with these options alone; made if needed
-    start    0, or what `resume_point` gives
-    dtype    in which blocks run (float32); activations are kept as float32
-    observe  nothing will be replaced: the pass that gathers `Visit.hessians` also makes the next block's inputs
+    work       a folder for activations, of this step with these options alone; made if needed
+    start      0, or what `resume_point` gives
+    dtype      in which blocks run (float32); activations are kept as float32
+    observe    nothing will be replaced: the pass that gathers `Visit.hessians` also makes the next block's inputs
+    reference  carry the unchanged model beside, for `Visit.moments`
 
     When the next visit is asked for, the block runs with whatever was replaced in it, and the visit before is over.
     After the last block nothing runs, since nobody reads its outputs, and no activations are left.
     Raises StepFailed where the inputs of block `start` were not saved.
     """
     work.mkdir(parents=True, exist_ok=True)
-    activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32)
+    activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference)
     forward = Forward(checkpoint, graph, dtype, device)
     if start == 0:
         activations.keep_only(None)
-        activations.write(activations.path(0), (forward.embed(corpus.tokens[part]) for part in activations.parts()))
+        parts = activations.parts() * activations.streams
+        activations.write(activations.path(0), (forward.embed(corpus.tokens[part]) for part in parts))
     elif activations.newest() != start:
         raise StepFailed(f"{work} does not hold the inputs of block {start}; delete it and start again")
     for index in range(start, graph.block_count):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -197,3 +198,72 @@ def test_hooks_are_gone_after_a_pass_that_failed(checkpoint, graph, corpus, tmp_
     file.write_bytes(whole)
     assert visit.hessians()["ffn.out"].tokens == corpus.tokens.numel()
     assert not any(m._forward_pre_hooks for m in visit._module.modules())
+
+
+def inputs_of(folder, tokens, replaced=None):
+    """{(block, linear): [tokens, columns]} of the whole model in float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model.load_state_dict({k: v.double() for k, v in (replaced or {}).items()}, strict=False)
+    seen = {}
+    for index, layer in enumerate(model.model.layers):
+        for name in (n for names in LINEAR_OF.values() for n in names):
+            take = partial(seen.__setitem__, (index, name))
+            layer.get_submodule(name).register_forward_pre_hook(lambda _, x, take=take: take(x[0]))
+    with torch.no_grad():
+        model(tokens)
+    return {key: x.reshape(-1, x.shape[-1]) for key, x in seen.items()}
+
+
+def test_a_reference_gives_moments_between_what_is_seen_and_what_would_have_been(checkpoint, graph, corpus, tmp_path):
+    linear = [t for t in graph.tensors if t.is_linear]
+    plain = inputs_of(checkpoint.folder, corpus.tokens)
+    for visit in walk(checkpoint, graph, corpus, work=tmp_path, reference=True):
+        before = {t.name: rough(checkpoint.read(t.name)) for t in linear if t.block < visit.index}
+        seen = inputs_of(checkpoint.folder, corpus.tokens, before)
+        moments = visit.moments()
+        assert list(moments) == list(LINEAR_OF)
+        for inputs, (name, *_) in LINEAR_OF.items():
+            x, r = seen[visit.index, name], plain[visit.index, name]
+            close(moments[inputs].own.mean(), x.T @ x / len(x))
+            close(moments[inputs].cross.mean(), r.T @ x / len(x))
+            if visit.index:
+                drift = moments[inputs].own.mean() - moments[inputs].cross.mean()
+                assert drift.abs().max() > 1e-3
+        for spec in visit.specs:
+            if spec.is_linear:
+                visit.replace(spec.name, rough(visit.weight(spec.name)))
+        with pytest.raises(ValueError, match="as it was"):
+            visit.moments()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_need_a_reference(checkpoint, graph, corpus, tmp_path):
+    with pytest.raises(ValueError, match="a walk with one"):
+        next(walk(checkpoint, graph, corpus, work=tmp_path)).moments()
+
+
+def test_a_walk_with_a_reference_goes_on_where_it_was(checkpoint, graph, corpus, tmp_path):
+    def crosses(folder, start, stop):
+        found = {}
+        for visit in walk(checkpoint, graph, corpus, work=folder, start=start, reference=True):
+            found[visit.index] = {name: one.cross.mean() for name, one in visit.moments().items()}
+            if visit.index == stop:
+                break
+            for spec in visit.specs:
+                if spec.is_linear:
+                    visit.replace(spec.name, rough(visit.weight(spec.name)))
+        return found
+
+    whole = crosses(tmp_path / "whole", 0, None)
+    crosses(tmp_path / "cut", 0, 1)
+    assert resume_point(checkpoint, graph, corpus, work=tmp_path / "cut") == 0
+    start = resume_point(checkpoint, graph, corpus, work=tmp_path / "cut", reference=True)
+    assert start == 1
+    resumed = crosses(tmp_path / "cut", start, None)
+    assert sorted(resumed) == [1, 2]
+    for index, moments in resumed.items():
+        for name, cross in moments.items():
+            assert torch.equal(cross, whole[index][name])
+    assert list((tmp_path / "cut").iterdir()) == []
