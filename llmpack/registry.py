@@ -34,6 +34,7 @@ class Table(Generic[T]):
         self.kind = kind
         self._own = dict(entries)
         self._group = group
+        self._loaded: dict[str, T] = {}
 
     @cached_property
     def _entries(self) -> dict[str, str]:
@@ -52,11 +53,14 @@ class Table(Generic[T]):
 
     def load(self, name: str) -> T:
         """The object of that name. Raises UsageError with a suggestion for an unknown one."""
+        if name in self._loaded:
+            return self._loaded[name]
         if name not in self._entries:
             raise UsageError(f"unknown {self.kind} `{name}`{suggestion(name, self._entries)}")
         module, _, attribute = self._entries[name].partition(":")
         found: Any = getattr(importlib.import_module(module), attribute)
-        return cast("T", found)
+        self._loaded[name] = cast("T", found)
+        return self._loaded[name]
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Every entry, loaded."""

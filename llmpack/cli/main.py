@@ -91,6 +91,9 @@ def plan(
     offline: Offline = False,
 ) -> int:
     """Show what a build would make: exact bytes, expected memory and speed, what is cached. Reads headers only."""
+    import gc
+
+    gc.disable()  # a plan lives for a second; looking for cycles among a vocabulary's tokens takes a tenth of it
     from llmpack.cli.show import show_plan
     from llmpack.errors import BudgetMissed
     from llmpack.pipeline.planning import plan_bundle
