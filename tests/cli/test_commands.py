@@ -18,10 +18,11 @@ pytestmark = pytest.mark.xdist_group("pipeline-build")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, packable):
-    """A recipe without timing limits, a cache, and the bundle that it gives."""
+    """Two recipes, of which one asks for nothing that must be measured, a cache, and a bundle."""
     folder = tmp_path_factory.mktemp("commands")
     recipe = folder / "tiny.toml"
     recipe.write_text(RECIPE.format(model=packable))
+    (folder / "unmeasured.toml").write_text(recipe.read_text().replace('memory = "600 MiB"\n', ""))
     build_bundle(Order(recipe, folder / "out", Cache(folder / "cache"), protocol=SHORT))
     return folder
 
@@ -43,11 +44,12 @@ def llmpack(place, monkeypatch, capsys):
 
 
 def test_build_prints_the_verdict_and_answers_json(llmpack, place):
-    code, out, _ = llmpack("build", place / "tiny.toml", "--out", place / "again")
+    recipe = place / "unmeasured.toml"
+    code, out, _ = llmpack("build", recipe, "--out", place / "again")
     assert code == 0
     assert "PASS" in out
     assert str(place / "again" / "tiny") in out
-    code, out, _ = llmpack("build", place / "tiny.toml", "--out", place / "again", "--json")
+    code, out, _ = llmpack("build", recipe, "--out", place / "again", "--json")
     answer = json.loads(out)
     assert code == 0
     assert answer["steps"][0]["cached"] is True
@@ -65,7 +67,9 @@ def test_plan_prints_exact_bytes(llmpack, place):
 
 
 def test_a_missed_budget_is_exit_4_and_tells_the_rows(llmpack, place):
-    code, out, err = llmpack("build", place / "tiny.toml", "--out", place / "none", "--set", "budget.quality.top1=1.0")
+    code, out, err = llmpack(
+        "build", place / "unmeasured.toml", "--out", place / "none", "--set", "budget.quality.top1=1.0"
+    )
     assert code == 4
     assert out == ""
     assert "quality.top1" in err
@@ -263,12 +267,6 @@ def index_outside(folder):
     (folder / "model.safetensors").unlink()
 
 
-def hostile_template(folder):
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "{% for x in %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
 def change(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))
@@ -287,7 +285,6 @@ def change(folder, **values):
         (not_finite, "model.norm.weight"),
         (missing_tensor, "model.layers.1.mlp.up_proj.weight"),
         (index_outside, "../outside.safetensors"),
-        (hostile_template, "template"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
