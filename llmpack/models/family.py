@@ -219,9 +219,13 @@ class Family(ABC):
         kept = [kind for index, kind in enumerate(kinds) if index not in dropped]
         return kept != [kinds[index % period] for index in range(len(kept))]
 
-    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """What a user should know: where the GGUF runtime will not compute what the model does."""
-        window, context = self.window(config), self.setting(config, "max_position_embeddings")
+    def notes(self, config: Mapping[str, Any], context: int | None = None) -> tuple[str, ...]:
+        """What a user should know: where the GGUF runtime will not compute what the model does.
+
+        context  tokens that are to be seen; without it all that the model allows
+        """
+        window = self.window(config)
+        context = context or self.setting(config, "max_position_embeddings")
         sliding = self.block_kinds(config).count("sliding")
         if self.runs_windows or window is None or window >= context or not sliding:
             return ()
@@ -316,8 +320,12 @@ class Family(ABC):
         width = self.stated_head_dim(config)
         if width is not None:
             keys |= {f"{arch}.attention.key_length": width, f"{arch}.attention.value_length": width}
-        values = {s: self.setting(config, s.config) for s in self.settings}
-        return keys | {f"{arch}.{s.gguf}": s.kind(value) for s, value in values.items() if value is not None}
+        for setting in self.settings:
+            value = self.setting(config, setting.config)
+            value = setting.null if value is None else value
+            if value is not None:
+                keys[f"{arch}.{setting.gguf}"] = setting.kind(value)
+        return keys
 
     def extra_tensors(self, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Tensors of a GGUF file that no checkpoint has, float32 (`Rope.tensors`)."""

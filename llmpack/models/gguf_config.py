@@ -92,7 +92,8 @@ def _config(
         for key in TOKENS
     }
     stated = "attention.key_length" in keys or "head_dim" in family.defaults or head_dim * heads != hidden
-    settings = {s.config: keys[s.gguf] for s in family.settings if s.gguf in keys}
+    found = {s.config: (s, keys[s.gguf]) for s in family.settings if s.gguf in keys}
+    settings = {key: None if value == s.null else value for key, (s, value) in found.items()}
     config: dict[str, Any] = {
         "architectures": list(family.architectures[:1]),
         "model_type": family.model_type,

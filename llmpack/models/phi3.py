@@ -12,7 +12,6 @@ from llmpack.errors import Problem
 from llmpack.models.family import Family
 from llmpack.models.rope import Rope
 from llmpack.models.tables import Row, Setting, Sizes, TokenizerRules
-from llmpack.models.validity import window_problems
 
 
 class Phi3(Family):
@@ -52,7 +51,10 @@ class Phi3(Family):
     rope_kinds = ("default", "longrope")
     partial_rope = True
     own_head_dim = False
-    settings = (Setting("rope.scaling.original_context_length", "original_max_position_embeddings", int),)
+    settings = (
+        Setting("rope.scaling.original_context_length", "original_max_position_embeddings", int),
+        Setting("attention.sliding_window", "sliding_window", int, null=0),
+    )
     tokenizer = TokenizerRules(space_prefix="unsaid", added_as_stated=True)
 
     def stated_head_dim(self, config: Mapping[str, Any]) -> int | None:
@@ -78,7 +80,7 @@ class Phi3(Family):
 
     def oddities(self, config: Mapping[str, Any], sizes: Sizes) -> list[Problem]:
         """One divisor for every pair of features that is rotated."""
-        found = window_problems(self.window(config))
+        found = []
         rope = self.read_rope(config)[0]
         rotated = rope.rotated(sizes.head_dim)
         if rotated % 2:
@@ -90,22 +92,21 @@ class Phi3(Family):
                 found.append(Problem(text, f"rope_scaling.{name}_factor", "config.json", rule="config-range"))
         return found
 
-    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def notes(self, config: Mapping[str, Any], context: int | None = None) -> tuple[str, ...]:
         """Windows, and that llama.cpp chooses between short and long by the context it is opened with."""
-        rope, context = self.rope(config), self.setting(config, "max_position_embeddings")
-        if rope.kind != "longrope" or context <= rope.original:
-            return super().notes(config)
+        rope, seen = self.rope(config), context or self.setting(config, "max_position_embeddings")
+        if rope.kind != "longrope" or seen <= rope.original:
+            return super().notes(config, context)
         return (
-            *super().notes(config),
+            *super().notes(config, context),
             f"texts up to {rope.original} tokens are rotated otherwise than longer ones; llama.cpp goes by the context "
             f"that it is opened with, so open it with at most {rope.original} where texts are not longer",
         )
 
     def hyperparameters(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The common keys, the width that is rotated, the window (0 for none), and by how much vectors get longer."""
+        """The common keys, the width that is rotated, and by how much vectors get longer."""
         rope, arch = self.rope(config), self.gguf_arch
         return super().hyperparameters(config) | {
             f"{arch}.rope.dimension_count": rope.rotated(self.sizes(config).head_dim),
-            f"{arch}.attention.sliding_window": self.window(config) or 0,
             **({f"{arch}.rope.scaling.attn_factor": rope.length} if rope.kind == "longrope" else {}),
         }

@@ -67,11 +67,13 @@ class Setting:
     gguf    its key below the architecture's name
     config  its key in config.json
     kind    int for GGUF's UINT32, float for FLOAT32
+    null    what the file states where the config says null; None for nothing
     """
 
     gguf: str
     config: str
     kind: type[int] | type[float] = float
+    null: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from llmpack.errors import BudgetMissed
 from llmpack.formats.bundle import copy_licences
+from llmpack.models import family_of
 from llmpack.pipeline.contents import bundle_usage, small_files
 from llmpack.pipeline.manifest import Observed
 from llmpack.pipeline.state import Build
@@ -68,7 +69,8 @@ def _judged(build: Build, usage: int, made_at: str) -> Observed:
 
 def _notes(build: Build, verdict: Verdict) -> tuple[str, ...]:
     """What a user of the bundle should know."""
-    notes = list(build.checked.notes)
+    config = build.plan.graph.config
+    notes = [*build.checked.notes, *family_of(config).notes(config, build.recipe.budget.context)]
     if build.origin.dequantized:
         kinds = ", ".join(f"{count} tensors of {name}" for name, count in build.origin.dequantized.items())
         notes.append(f"the source was quantized already ({kinds}); what that lost is not counted here")
