@@ -126,3 +126,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 """By family; overrides of `conftest.TINY`, where `...` takes a key away."""
+
+TOKENIZERS: dict[str, str] = {
+    **dict.fromkeys(("llama", "qwen3", "olmo2", "smollm3", "granite"), "smollm"),
+    **dict.fromkeys(("mistral", "qwen2"), "spm"),
+    **dict.fromkeys(("gemma2", "gemma3"), "gemma"),
+    **dict.fromkeys(("phi3", "phi3-long"), "phi"),
+}
+"""The kind of tokenizer that stands beside a checkpoint where it matters (tests/formats/conftest.py)."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from family_zoo import CONFIGS, TOKENIZERS
+
+from llmpack.runtime.llama import LlamaRuntime
 
 PIECES, ROWS = 600, 608
 ADDED = {600: ("<|user|>", True), 601: ("<|end|>", True), 602: ("[TOOL]", False)}
@@ -176,3 +180,55 @@ def silent_llama(with_files: Make, spm_files: dict[str, bytes]) -> Path:
     settings = json.loads(spm_files["tokenizer_config.json"])
     del settings["add_bos_token"]
     return with_files("silent", spm_files | {"tokenizer_config.json": json.dumps(settings).encode()})
+
+
+@pytest.fixture(scope="session")
+def tokenizer_kinds(smollm_files: dict[str, bytes], spm_files: dict[str, bytes]) -> dict[str, dict[str, bytes]]:
+    """Tokenizer files by kind. All of them state a space before texts, which only some families heed."""
+
+    def stating(files: dict[str, bytes], prefix: bool) -> dict[str, bytes]:
+        settings = json.loads(files["tokenizer_config.json"]) | {"add_prefix_space": prefix}
+        return files | {"tokenizer_config.json": json.dumps(settings).encode()}
+
+    spm = stating(spm_files, True)
+    gemma = json.loads(spm["tokenizer.json"])
+    gemma["pre_tokenizer"]["prepend_scheme"] = "never"
+    gemma["decoder"]["decoders"].pop()  # strips the space that was put before
+    phi = json.loads(spm["tokenizer.json"])
+    for index, content, special in ((603, "<|endoftext|>", True), (604, "<|tool|>", False)):
+        phi["added_tokens"].append({"id": index, **added_token(content, special)})
+    return {
+        "smollm": stating(smollm_files, False),
+        "spm": spm,
+        "gemma": spm | {"tokenizer.json": json.dumps(gemma).encode()},
+        "phi": spm | {"tokenizer.json": json.dumps(phi).encode()},
+    }
+
+
+@pytest.fixture(scope="session")
+def make_family(
+    checkpoint_factory: Make, tokenizer_kinds: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+) -> Make:
+    """Makes the checkpoint of a family in the zoo, with changes to its config."""
+
+    def make(name: str, tokenizer: str | None = None, **changes: Any) -> Path:
+        kind = tokenizer or TOKENIZERS[name]
+        size = 49216 if kind == "smollm" else ROWS
+        made = checkpoint_factory(tokenizer=None, vocab_size=size, **CONFIGS[name] | changes)
+        # llama.cpp treats special tokens otherwise where a model's name has "phi3" in it
+        folder = tmp_path_factory.mktemp("family") / name.replace("phi3", "phi")
+        shutil.copytree(made, folder)
+        for file, content in tokenizer_kinds[kind].items():
+            (folder / file).write_bytes(content)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def runtime() -> Iterator[LlamaRuntime]:
+    """One child for many models."""
+    if find_spec("llama_cpp") is None:
+        pytest.skip("llama-cpp-python is not installed")
+    with LlamaRuntime() as started:
+        yield started

@@ -15,10 +15,10 @@ from __future__ import annotations
 import json
 import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from damage import (
     Patched,
     exchanged,
@@ -29,74 +29,30 @@ from damage import (
     rows,
     shifted,
 )
+from family_files import F16, LENGTH, LIMIT, SETTINGS, error_of, reference, tokens_of, write
 from family_zoo import CONFIGS
 from gguf_oracle import convert, differing, keys_of, tensors_of
 
 from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import InputRejected
 from llmpack.formats.facts import Facts
-from llmpack.formats.gguf import GgufFormat
 from llmpack.formats.readback import read_back
 from llmpack.models import family_of, open_model
-from llmpack.runtime.llama import LlamaRuntime
-from llmpack.runtime.settings import RuntimeSettings
+from llmpack.models.from_gguf import import_gguf
 
 pytestmark = [
     pytest.mark.xdist_group("families"),
     pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
 ]
 
-F16 = GgufFormat("f16")
-SETTINGS = RuntimeSettings(threads=1)
-LIMIT = 1e-2
-"""Relative error of logits, as norms over all positions and tokens."""
-LENGTH = 96
-BPE = ("llama", "qwen3", "olmo2", "smollm3", "granite")
-"""Families with SmolLM2's tokenizer."""
 ROPED = ("attn_q.weight", "attn_k.weight")
 QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 
 
 @pytest.fixture(scope="session")
-def tokenizers(smollm_files, spm_files):
-    """Tokenizer files by family. All of them state a space before texts, which only some families heed."""
-    settings = json.loads(smollm_files["tokenizer_config.json"]) | {"add_prefix_space": False}
-    smollm = smollm_files | {"tokenizer_config.json": json.dumps(settings).encode()}
-    settings = json.loads(spm_files["tokenizer_config.json"]) | {"add_prefix_space": True}
-    spm = spm_files | {"tokenizer_config.json": json.dumps(settings).encode()}
-    tokenizer = json.loads(spm_files["tokenizer.json"])
-    tokenizer["pre_tokenizer"]["prepend_scheme"] = "never"
-    tokenizer["decoder"]["decoders"].pop()  # strips the space that was put before
-    gemma = spm | {"tokenizer.json": json.dumps(tokenizer).encode()}
-    tokenizer = json.loads(spm_files["tokenizer.json"])
-    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    for number_, content, special in ((603, "<|endoftext|>", True), (604, "<|tool|>", False)):
-        tokenizer["added_tokens"].append({"id": number_, "content": content, **flags, "special": special})
-    phi = spm | {"tokenizer.json": json.dumps(tokenizer).encode()}
-    kinds = {"gemma2": gemma, "gemma3": gemma, "phi3": phi, "phi3-long": phi}
-    return {name: smollm if name in BPE else kinds.get(name, spm) for name in CONFIGS}
-
-
-@pytest.fixture(scope="session")
-def make(checkpoint_factory, tokenizers, tmp_path_factory):
-    """Makes the checkpoint of a family, with changes to its config."""
-
-    def folder(name: str, **changes) -> Path:
-        size = 49216 if name in BPE else 608
-        made = checkpoint_factory(tokenizer=None, vocab_size=size, **CONFIGS[name] | changes)
-        # llama.cpp treats special tokens otherwise where a model's name has "phi3" in it
-        copy = tmp_path_factory.mktemp("family") / name.replace("phi3", "phi")
-        shutil.copytree(made, copy)
-        for file, content in tokenizers[name].items():
-            (copy / file).write_bytes(content)
-        return copy
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def folders(make):
-    return {name: make(name) for name in CONFIGS}
+def folders(make_family):
+    return {name: make_family(name) for name in CONFIGS}
 
 
 @pytest.fixture(scope="session")
@@ -113,37 +69,6 @@ def written(folders, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def runtime():
-    with LlamaRuntime() as started:
-        yield started
-
-
-def write(folder: Path, path: Path) -> Path:
-    checkpoint = Checkpoint.open(folder)
-    graph = open_model(checkpoint)
-    facts = Facts.of_folder(folder, folder.name, graph.parameters)
-    F16.write(checkpoint, graph, path, facts)
-    assert path.stat().st_size == F16.nbytes(graph, checkpoint, facts)
-    return path
-
-
-def tokens_of(length: int) -> list[int]:
-    return np.random.default_rng(5).integers(3, 600, length).tolist()
-
-
-def reference(folder: Path, tokens: list[int]) -> np.ndarray:
-    """Logits of transformers' whole model in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].numpy()
-
-
-@pytest.fixture(scope="session")
 def references(folders):
     """Logits by family and length, computed once."""
     found: dict[tuple[str, int], np.ndarray] = {}
@@ -154,12 +79,6 @@ def references(folders):
         return found[name, length]
 
     return get
-
-
-def error_of(runtime: LlamaRuntime, path: Path, expected: np.ndarray, context: int = 256) -> float:
-    """How far llama.cpp's logits are from the expected ones, relative to these."""
-    runtime.open(path, SETTINGS, context)
-    return float(np.linalg.norm(runtime.logits(tokens_of(len(expected))) - expected) / np.linalg.norm(expected))
 
 
 # --- what the converter writes
@@ -181,6 +100,18 @@ def test_token_ids_are_the_checkpoints(written, folders, name):
     graph = open_model(checkpoint)
     facts = Facts.of_folder(folders[name], folders[name].name, graph.parameters)
     assert read_back(written[name], checkpoint, graph, F16, facts, SETTINGS).tensors == len(tensors_of(written[name]))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("mistral", "phi3-long")])
+def test_a_file_comes_back_as_the_checkpoint(make_family, tmp_path, name):
+    folder = make_family(name, tokenizer="phi" if name == "phi3" else "spm")
+    source = Checkpoint.open(folder)
+    back = import_gguf(GgufFile.open(write(folder, tmp_path / "model.gguf")), tmp_path / "back")
+    assert back.tensors.keys() == source.tensors.keys()
+    for tensor in source.tensors:
+        # halves of float16, and norms that had one added and taken away
+        torch.testing.assert_close(back.read(tensor).float(), source.read(tensor).float(), rtol=1e-3, atol=1e-6)
+    assert family_of(back.config).block_kinds(back.config) == family_of(source.config).block_kinds(source.config)
 
 
 # --- what llama.cpp computes
@@ -329,8 +260,8 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_windows_that_llama_cpp_lacks_are_told_and_right_up_to_their_length(make, runtime, tmp_path, name):
-    folder = make(name, **WINDOWS[name])
+def test_windows_that_llama_cpp_lacks_are_told_and_right_up_to_their_length(make_family, runtime, tmp_path, name):
+    folder = make_family(name, **WINDOWS[name])
     config = Checkpoint.open(folder).config
     (note,) = family_of(config).notes(config)
     assert "last 32 tokens" in note
@@ -339,8 +270,8 @@ def test_windows_that_llama_cpp_lacks_are_told_and_right_up_to_their_length(make
     assert error_of(runtime, path, reference(folder, tokens_of(LENGTH))) > 2 * LIMIT
 
 
-def test_a_gemma_3_without_windows_has_none_in_llama_cpp_either(make, runtime, tmp_path):
-    folder = make("gemma3", layer_types=["full_attention"] * 7)
+def test_a_gemma_3_without_windows_has_none_in_llama_cpp_either(make_family, runtime, tmp_path):
+    folder = make_family("gemma3", layer_types=["full_attention"] * 7)
     path = write(folder, tmp_path / "full.gguf")
     assert "gemma3.attention.sliding_window" not in keys_of(path)
     assert error_of(runtime, path, reference(folder, tokens_of(LENGTH))) < LIMIT
