@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 SILENT: dict[str, Any] = {"attention_bias": ..., "mlp_bias": ...}
-"""Keys of `conftest.TINY` that a family's own config does not have."""
+"""Keys of `tiny_config.TINY` that a family's own config does not have."""
 
 SHORT_FACTORS = [1.0 + 0.05 * i for i in range(6)]
 LONG_FACTORS = [1.5 + 0.5 * i for i in range(6)]
@@ -125,7 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
     },
 }
-"""By family; overrides of `conftest.TINY`, where `...` takes a key away."""
+"""By family; overrides of `tiny_config.TINY`, where `...` takes a key away."""
 
 TOKENIZERS: dict[str, str] = {
     **dict.fromkeys(("llama", "qwen3", "olmo2", "smollm3", "granite"), "smollm"),

@@ -48,6 +48,8 @@ _CODE_KEYS = {"auto_map", "trust_remote_code", "custom_pipelines"}
 # of ours and dropped, so it may hold a hub name.
 _ORIGIN_KEYS = {"_name_or_path"}
 _STEERING_KEY = re.compile(r"_?\w*_implementation(_internal)?|_commit_hash|_attn_implementation\w*")
+# Names a kind of cache that transformers has built in ("hybrid" in every Gemma config); dropped like the others.
+_PLAIN_NAMES = {"cache_implementation"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _MISSING = object()
 
@@ -134,7 +136,7 @@ def _tables(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 def _value_problems(key: str, value: Any) -> Iterator[tuple[str, str]]:
     if key in _CODE_KEYS and value:
         yield "remote-code", "the repository asks to run its own Python code; llmpack never does that"
-    elif _STEERING_KEY.fullmatch(key) and value is not None and not isinstance(value, bool):
+    elif _steers(key, value):
         yield "config-hub-ref", f"{str(value)[:80]!r} would steer the loader to other code; use a checkpoint without it"
     elif isinstance(value, str) and key not in _ORIGIN_KEYS and _HUB_NAME.fullmatch(value):
         yield (
@@ -150,6 +152,12 @@ def _value_problems(key: str, value: Any) -> Iterator[tuple[str, str]]:
         low, high = _REAL_BOUNDS[key]
         if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
             yield "config-range", f"{str(value)[:40]!r} is not between {low:g} and {high:g}"
+
+
+def _steers(key: str, value: Any) -> bool:
+    if key in _PLAIN_NAMES and isinstance(value, str):
+        return _HUB_NAME.fullmatch(value) is not None
+    return _STEERING_KEY.fullmatch(key) is not None and value is not None and not isinstance(value, bool)
 
 
 def _outside(value: Any, low: int, high: int) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Granite 3 and 4 dense: Llama with four multipliers, of embeddings, scores, what blocks add, and logits.
+"""Granite 3: Llama with four multipliers, of embeddings, scores, what blocks add, and logits.
 
 IBM 2024, https://github.com/ibm-granite/granite-3.0-language-models
 """

@@ -50,6 +50,8 @@ ADDED = {
     "internal attention kernel": ({"_attn_implementation_internal": "evil/kernel"}, "config-hub-ref"),
     "experts kernel": ({"_experts_implementation": "evil/kernel"}, "config-hub-ref"),
     "attention kernel in a part": ({"text_config": {"_attn_implementation": "evil/kernel"}}, "config-hub-ref"),
+    "cache of the hub": ({"cache_implementation": "evil/cache"}, "config-hub-ref"),
+    "table of caches": ({"cache_implementation": {"a": "b"}}, "config-hub-ref"),
     "table of kernels": ({"_attn_implementation": {"text": "evil/kernel"}}, "config-hub-ref"),
     "commit hash": ({"_commit_hash": "0" * 40}, "config-hub-ref"),
     "repository as a value": ({"draft_model": "evil/model"}, "config-hub-ref"),
@@ -102,6 +104,7 @@ def test_what_ordinary_configs_say_is_let_through_and_loaders_are_not_steered(tm
     ordinary = CONFIG | {
         "_name_or_path": "meta-llama/Llama-3.2-1B",
         "_attn_implementation_autoset": True,
+        "cache_implementation": "hybrid",
         "head_dim": 5,
         "hidden_size": 9,
         "num_key_value_heads": None,
@@ -112,7 +115,7 @@ def test_what_ordinary_configs_say_is_let_through_and_loaders_are_not_steered(tm
     path.write_text(json.dumps(ordinary))
     config = read_config(path)
     assert config["text_config"] == {}
-    dropped = {"_name_or_path", "_attn_implementation_autoset"}
+    dropped = {"_name_or_path", "_attn_implementation_autoset", "cache_implementation"}
     assert config.keys() == ordinary.keys() - dropped
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY
 from family_zoo import CONFIGS
+from tiny_config import TINY
 
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import InputRejected
@@ -91,6 +91,68 @@ def test_a_padding_token_without_a_row_is_no_obstacle(checkpoint_factory):
     checkpoint = Checkpoint.open(checkpoint_factory(tokenizer=None, pad_token_id=500))
     forward = Forward(checkpoint, open_model(checkpoint))
     assert forward.embed(torch.zeros((1, 4), dtype=torch.int64)).shape == (1, 4, 64)
+
+
+# --- published configs
+
+PUBLISHED = {
+    "Qwen2.5-0.5B": ("qwen2", (896, 4864, 24, 14, 2, 151936), 494_032_768, {"tie_word_embeddings": True}),
+    "Qwen3-0.6B": (
+        "qwen3",
+        (1024, 3072, 28, 16, 8, 151936),
+        596_049_920,
+        {"tie_word_embeddings": True, "head_dim": 128},
+    ),
+    "gemma-2-2b": ("gemma2", (2304, 9216, 26, 8, 4, 256000), 2_614_341_888, {"cache_implementation": "hybrid"}),
+    "gemma-2-27b": (
+        "gemma2",
+        (4608, 36864, 46, 32, 16, 256000),
+        27_227_128_320,
+        {"head_dim": 128, "query_pre_attn_scalar": 144},
+    ),
+    "gemma-3-1b": (
+        "gemma3_text",
+        (1152, 6912, 26, 4, 1, 262144),
+        999_885_952,
+        {"sliding_window": 512, "sliding_window_pattern": 6, "rope_local_base_freq": 10000, "rope_theta": 1000000},
+    ),
+    "Phi-3-mini-4k": ("phi3", (3072, 8192, 32, 32, 32, 32064), 3_821_079_552, {"sliding_window": 2047}),
+    "Phi-4-mini": (
+        "phi3",
+        (3072, 8192, 32, 24, 8, 200064),
+        3_836_021_760,
+        {
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.1] * 48},
+        },
+    ),
+    "OLMo-2-1B": ("olmo2", (2048, 8192, 16, 16, 16, 100352), 1_484_916_736, {"rope_theta": 500000}),
+    "SmolLM3-3B": (
+        "smollm3",
+        (2048, 11008, 36, 16, 4, 128256),
+        3_075_098_624,
+        {"no_rope_layers": [1, 1, 1, 0] * 9, "layer_types": ["full_attention"] * 36},
+    ),
+    "granite-3.3-2b": (
+        "granite",
+        (2048, 8192, 40, 32, 8, 49159),
+        2_533_539_840,
+        {"tie_word_embeddings": True, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+    ),
+}
+"""Model type; hidden, feed-forward, blocks, heads, key and value heads, vocabulary; parameters; other settings."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_parameters_that_their_makers_state(name):
+    model_type, sizes, parameters, settings = PUBLISHED[name]
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    family = next(family() for _, family in FAMILIES.items() if family.model_type == model_type)
+    config = dict(zip((*keys, "vocab_size"), sizes, strict=True)) | settings
+    assert family.problems(config) == []
+    assert family.graph(config).parameters == parameters
 
 
 # --- patterns over blocks
