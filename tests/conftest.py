@@ -163,15 +163,19 @@ def demo_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_checkpoint(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all of its workers share; what is made there is made under a lock."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(demo_gguf: Path, shared_tmp: Path) -> Path:
     """The demo model imported as a float32 checkpoint; made once for all workers of a run. Use in slow tests only."""
     from llmpack.checkpoint.gguf_file import GgufFile
     from llmpack.models.from_gguf import import_gguf
 
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder = shared / "demo-checkpoint"
+    folder = shared_tmp / "demo-checkpoint"
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             import_gguf(GgufFile.open(demo_gguf), folder)

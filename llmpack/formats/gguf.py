@@ -1,7 +1,7 @@
 """GGUF bundles: one file with every tensor packed, the vocabulary, and what the model is.
 
 For the same checkpoint at f16 the file says what llama.cpp's convert_hf_to_gguf.py says, key for key and tensor for
-tensor. The differences, all meant, each with a test (tests/formats/test_converter.py):
+tensor. The differences, all meant, each with a test (tests/formats/test_converter.py, test_families_parity.py):
 
     what                               converter                          here, and why
     ---------------------------------  ---------------------------------  --------------------------------------------
@@ -28,6 +28,10 @@ tensor. The differences, all meant, each with a test (tests/formats/test_convert
                                                                           than the embedding, unigram models, two
                                                                           different chat templates
     tensor that does not fit           falls back on f16                  stops
+    norms of Gemma in float16          one is added in float16            in float32
+    Gemma 3 without windows            states a window all the same       states none, so that llama.cpp has none
+    Gemma, Phi-3 without               stops                              SentencePiece's vocabulary, from
+    tokenizer.model                                                       tokenizer.json
 
 Nothing is rounded here but float to float: codes that a step chose are copied.
 """

@@ -12,9 +12,11 @@ the demo model); in the place of others stand, because no package at hand carrie
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from damage import (
 )
 from family_files import F16, LENGTH, LIMIT, SETTINGS, error_of, reference, tokens_of, write
 from family_zoo import CONFIGS
+from filelock import FileLock
 from gguf_oracle import convert, differing, keys_of, tensors_of
 
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -41,31 +44,40 @@ from llmpack.formats.readback import read_back
 from llmpack.models import family_of, open_model
 from llmpack.models.from_gguf import import_gguf
 
-pytestmark = [
-    pytest.mark.xdist_group("families"),
-    pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
-]
+pytestmark = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 
 ROPED = ("attn_q.weight", "attn_k.weight")
 QK_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")
 
 
 @pytest.fixture(scope="session")
-def folders(make_family):
-    return {name: make_family(name) for name in CONFIGS}
+def folders(make_family, shared_tmp):
+    """The checkpoints, made once for all workers of a run."""
+    root = shared_tmp / "families"
+    with FileLock(f"{root}.lock"):
+        if not root.is_dir():
+            for name in CONFIGS:
+                made = make_family(name)
+                shutil.copytree(made, root / name / made.name)
+    return {name: next(path for path in (root / name).iterdir() if path.is_dir()) for name in CONFIGS}
 
 
 @pytest.fixture(scope="session")
-def converted(folders):
-    """The converter's files."""
-    return dict(zip(folders, convert(list(folders.values())), strict=True))
+def converted(folders, shared_tmp):
+    """The converter's files, made once for all workers of a run."""
+    done = shared_tmp / "families.converted"
+    with FileLock(f"{done}.lock"):
+        if not done.exists():
+            convert(list(folders.values()))
+            done.touch()
+    return {name: Path(f"{folder}.gguf") for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
 def written(folders, tmp_path_factory):
-    """Our files."""
+    """Our file of a family."""
     out = tmp_path_factory.mktemp("families")
-    return {name: write(folder, out / f"{name}.gguf") for name, folder in folders.items()}
+    return functools.cache(lambda name: write(folders[name], out / f"{name}.gguf"))
 
 
 @pytest.fixture(scope="session")
@@ -86,12 +98,12 @@ def references(folders):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_file_is_the_converters(written, converted, name):
-    mine, theirs = tensors_of(written[name]), tensors_of(converted[name])
+    mine, theirs = tensors_of(written(name)), tensors_of(converted[name])
     assert mine.keys() == theirs.keys()
     for tensor, (encoding, shape, data) in mine.items():
         assert (encoding, shape) == theirs[tensor][:2], tensor
         assert np.array_equal(data, theirs[tensor][2]), tensor
-    assert differing(keys_of(written[name]), keys_of(converted[name])) == set()
+    assert differing(keys_of(written(name)), keys_of(converted[name])) == set()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
@@ -99,7 +111,7 @@ def test_token_ids_are_the_checkpoints(written, folders, name):
     checkpoint = Checkpoint.open(folders[name])
     graph = open_model(checkpoint)
     facts = Facts.of_folder(folders[name], folders[name].name, graph.parameters)
-    assert read_back(written[name], checkpoint, graph, F16, facts, SETTINGS).tensors == len(tensors_of(written[name]))
+    assert read_back(written(name), checkpoint, graph, F16, facts, SETTINGS).tensors == len(tensors_of(written(name)))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("mistral", "phi3-long")])
@@ -114,6 +126,25 @@ def test_a_file_comes_back_as_the_checkpoint(make_family, tmp_path, name):
     assert family_of(back.config).block_kinds(back.config) == family_of(source.config).block_kinds(source.config)
 
 
+def test_norms_of_a_gemma_in_float16_are_added_to_in_float32(make_family, tmp_path):
+    source = Checkpoint.open(make_family("gemma2", torch_dtype="float16"))
+    data = tensors_of(write(source.folder, tmp_path / "model.gguf"))["blk.1.post_ffw_norm.weight"][2]
+    norm = source.read("model.layers.1.post_feedforward_layernorm.weight")
+    assert np.array_equal(data.view(np.float32), norm.float().numpy() + np.float32(1))
+    assert not np.array_equal(data.view(np.float32), (norm + 1).float().numpy())
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("gemma3", ((7,), False)), ("phi3", None)])
+def test_a_sentencepiece_vocabulary_is_found_in_tokenizer_json(make_family, runtime, tmp_path, name, prefix):
+    folder = make_family(name)
+    (folder / "tokenizer.model").unlink()
+    keys = keys_of(write(folder, tmp_path / "model.gguf"))
+    assert keys["tokenizer.ggml.model"] == ((8,), "llama")
+    assert keys.get("tokenizer.ggml.add_space_prefix") == prefix
+    opened = runtime.open(tmp_path / "model.gguf", SETTINGS, None)
+    assert opened.vocabulary == 608
+
+
 # --- what llama.cpp computes
 
 RUNS = [(name, LENGTH, 256) for name in CONFIGS] + [("phi3-long", 300, 512)]
@@ -123,7 +154,7 @@ RUNS = [(name, LENGTH, 256) for name in CONFIGS] + [("phi3-long", 300, 512)]
 def test_logits_are_transformers(written, references, runtime, name, length, context):
     expected = references(name, length)
     assert expected.std() > 1  # not flat
-    assert error_of(runtime, written[name], expected, context) < LIMIT
+    assert error_of(runtime, written(name), expected, context) < LIMIT
 
 
 # --- that the comparison would notice
@@ -220,7 +251,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "what"), [(name, what) for name in WRONG for what in WRONG[name]])
 def test_what_would_be_wrong_is_seen(written, references, runtime, tmp_path, name, what):
-    patched = Patched(written[name], tmp_path / "wrong.gguf")
+    patched = Patched(written(name), tmp_path / "wrong.gguf")
     WRONG[name][what](patched)
     patched.raw.flush()
     error = error_of(runtime, patched.path, references(name))
@@ -248,7 +279,7 @@ def test_what_a_file_cannot_say_is_refused_and_would_be_wrong(folders, written, 
     with pytest.raises(InputRejected, match=key) as caught:
         open_model(Checkpoint.open(other))
     assert {problem.rule for problem in caught.value.problems} == {"unsupported-config"}
-    assert error_of(runtime, written[name], reference(other, tokens_of(LENGTH))) > 2 * LIMIT
+    assert error_of(runtime, written(name), reference(other, tokens_of(LENGTH))) > 2 * LIMIT
 
 
 WINDOWS = {
@@ -280,4 +311,4 @@ def test_a_gemma_3_without_windows_has_none_in_llama_cpp_either(make_family, run
 def test_longrope_goes_by_the_context_that_llama_cpp_is_opened_with(folders, written, references, runtime):
     config = Checkpoint.open(folders["phi3-long"]).config
     assert "at most 256" in family_of(config).notes(config)[-1]
-    assert error_of(runtime, written["phi3-long"], references("phi3-long"), context=512) > 2 * LIMIT
+    assert error_of(runtime, written("phi3-long"), references("phi3-long"), context=512) > 2 * LIMIT

@@ -17,8 +17,6 @@ from llmpack.models.forward import Forward, final_hidden
 from llmpack.steps import STEPS
 from llmpack.steps.step import Workbench
 
-pytestmark = pytest.mark.xdist_group("families")
-
 RUNTIME_LIMIT = 0.08
 """Relative error of logits to those of the decoded weights: llama.cpp rounds activations to 8 bits, which costs 0.015
 to 0.04 here; rows in a wrong order cost more than 0.5."""
