@@ -279,7 +279,7 @@ def test_a_recipe_without_steps_converts(order, recipe_file, shared):
     text = recipe_file.read_text()
     start, end = text.index("[[step]]"), text.index("[evaluation]")
     recipe_file.write_text(text[:start] + text[end:])
-    made = build_bundle(order(cache=Cache(shared)))
+    made = build_bundle(order("budget.disk=12 MB", cache=Cache(shared)))
     assert made.steps == ()
     assert set(GgufFile.open(made.final / "model.gguf").encodings) == {"f16", "f32"}
     assert made.reports["quality"]["mean"] < 0.01
