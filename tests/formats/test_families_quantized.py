@@ -46,5 +46,4 @@ def test_a_rounded_model_runs_in_llama_cpp_as_its_decoded_weights_do(make_family
         decoded = logits(result)
         errors[step] = float(np.linalg.norm(decoded - exact) / np.linalg.norm(exact))
         assert error_of(runtime, write(result.folder, tmp_path / f"{step}.gguf"), decoded) < RUNTIME_LIMIT
-    # random weights leave little to gain; a walk that shows a block other inputs than its own loses much more
-    assert errors["quantize.gptq"] < 1.15 * errors["quantize.rtn"]
+    assert errors["quantize.gptq"] < errors["quantize.rtn"]
