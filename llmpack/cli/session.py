@@ -6,6 +6,7 @@ llmpack is shown without a traceback unless ``--debug`` is given, and its class 
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""Errors of the system that say something about this machine, not about llmpack."""
 
 
 class Terminated(BaseException):
@@ -107,8 +110,13 @@ def conduct(session: Session, command: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # the reader is gone; nothing may be flushed to it
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _MACHINE:
+            raise
+        print(f"llmpack: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+        return EnvironmentProblem.exit_code
     except MemoryError:
-        print("llmpack: this machine ran out of memory; set [build] memory, or close other programs", file=sys.stderr)
+        print("llmpack: this machine ran out of memory; close other programs", file=sys.stderr)
         return EnvironmentProblem.exit_code
 
 

@@ -1,6 +1,6 @@
 """What is known about a model file: found once, kept under what it depends on, judged as often as needed.
 
-Kept evidence is used again for the same file, machine, runtime and settings. Timings that were too noisy are not kept.
+Kept evidence is used again for the same file, machine, runtime and settings, if it answers what is asked.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def measurement(
 ) -> Found:
     """Memory and speed on this machine, which is `device`.
 
-    good  whether kept figures will do; if not (they broke a limit, perhaps on a busy day) it is measured again
+    good  whether kept figures will do; if not (too noisy, or they broke a limit on a busy day) it is measured again
 
     One measurement at a time on a machine: others would disturb it. Raises RuntimeFailed.
     """
@@ -115,8 +115,7 @@ def measurement(
             progress=cache.progress,
         )
         found = Found(tuple(measured.findings()), measured.to_json())
-        if not measured.noise:
-            _keep(cache, facts, found)
+        _keep(cache, facts, found)
         return found
 
 

@@ -95,7 +95,7 @@ class BuildSection(Section):
     """`[build]`: the machine that builds."""
 
     memory: Size | None = None
-    """Most memory that the build may use; activations beyond it are kept on disk. Default: what is free."""
+    """Most private memory that the steps may allocate (Linux); a step that needs more stops. Default: no limit."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the steps; part of what makes builds equal byte for byte. Default: the cores of this machine."""
 

@@ -72,6 +72,8 @@ def test_a_wrong_command_line_is_exit_2(arguments):
         (errors.VerificationFailed(["x"]), 8),
         (errors.LicenceProblem("x"), 9),
         (errors.Busy("x"), 75),
+        (OSError(28, "No space left on device", "/x"), 6),
+        (MemoryError(), 6),
         (KeyboardInterrupt(), 130),
         (Terminated(), 143),
     ],

@@ -2,22 +2,34 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import contextmanager
 
 import pytest
+from small_recipe import RECIPE, SHORT
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.digest import sha256_file
-from llmpack.errors import BudgetMissed, Busy, RecipeError, StepFailed, UsageError, VerificationFailed
+from llmpack.errors import (
+    BudgetMissed,
+    Busy,
+    EnvironmentProblem,
+    RecipeError,
+    StepFailed,
+    UsageError,
+    VerificationFailed,
+)
 from llmpack.formats.gguf import GgufFormat
 from llmpack.pipeline.build import STAGES, build_bundle
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.manifest import Manifest
 from llmpack.pipeline.planning import plan_bundle
+from llmpack.pipeline.state import Order
 from llmpack.pipeline.verify import verify_bundle
 
 pytestmark = pytest.mark.xdist_group("pipeline-build")
@@ -45,9 +57,12 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("shared") / "cache"
 
 
-@pytest.fixture
-def built(order, shared):
-    return build_bundle(order(cache=Cache(shared)))
+@pytest.fixture(scope="module")
+def built(shared, packable):
+    """The bundle of the recipe, made once."""
+    recipe = shared.parent / "tiny.toml"
+    recipe.write_text(RECIPE.format(model=packable))
+    return build_bundle(Order(recipe, shared.parent / "out", Cache(shared), protocol=SHORT))
 
 
 def left_in(folder):
@@ -59,9 +74,9 @@ def test_the_program_is_a_tuple_of_stages():
     assert names == ["read", "open_source", "plan", "run", "write", "read_back", "measure", "judge", "record"]
 
 
-def test_a_build_publishes_a_whole_bundle(built, tmp_path):
-    assert left_in(tmp_path / "out") == ["tiny"]
-    folder = tmp_path / "out" / "tiny"
+def test_a_build_publishes_a_whole_bundle(built):
+    assert left_in(built.order.out) == ["tiny"]
+    folder = built.final
     assert left_in(folder) == [
         "LICENSE", "README.md", "SHA256SUMS", "manifest.json", "model.gguf", "recipe.lock.json", "recipe.toml",
     ]  # fmt: skip
@@ -163,9 +178,9 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(built, order, tmp_path,
     assert len(repeated) == (2 if title == "block 0" else 0) or again.steps[0].cached
 
 
-def test_what_a_killed_build_left_beside_the_bundle_is_cleared_away(built, order, shared, tmp_path):
+def test_what_a_killed_build_left_beside_the_bundle_is_cleared_away(order, shared, tmp_path):
     stale = tmp_path / "out" / ".tiny.99999.tmp"
-    stale.mkdir()
+    stale.mkdir(parents=True)
     (stale / "model.gguf").write_bytes(b"half")
     build_bundle(order(cache=Cache(shared)))
     assert left_in(tmp_path / "out") == ["tiny"]
@@ -290,3 +305,38 @@ def test_overrides_are_in_the_lock(order, shared):
     lock = json.loads((made.final / "recipe.lock.json").read_text())
     assert lock["overrides"] == ["step.0.encoding=q4_0"]
     assert GgufFile.open(made.final / "model.gguf").encodings["q4_0"] == 14
+
+
+def test_a_step_is_held_to_the_memory_of_the_recipe(order, tmp_path):
+    with pytest.raises(EnvironmentProblem, match=r"needs more than \[build\] memory = 16 MiB"):
+        build_bundle(order("build.memory=16 MiB", cache=Cache(tmp_path / "cache")))
+    assert left_in(tmp_path / "out") == []
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+def test_interrupting_a_build_is_clean_and_its_work_is_kept(built, order, tmp_path):
+    cache = tmp_path / "cache"
+    command = [
+        sys.executable,
+        "-m",
+        "llmpack",
+        "build",
+        built.order.recipe,
+        "--out",
+        tmp_path / "out",
+        "--cache",
+        cache,
+    ]
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list(cache.glob("step/*/content/block-0000.safetensors")) and time.monotonic() < until:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert left_in(tmp_path / "out") == []
+    watcher = Watcher()
+    again = build_bundle(order(cache=Cache(cache, progress=watcher), progress=watcher))
+    assert again.artifact.sha256 == built.artifact.sha256

@@ -11,6 +11,7 @@ from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Slot
 from llmpack.pipeline.keys import step_facts
+from llmpack.pipeline.memory_cap import capped_memory
 from llmpack.pipeline.plan import STEP, PlannedStep, require_disk, seed_of
 from llmpack.pipeline.state import Build, StepRecord
 from llmpack.steps.step import Workbench
@@ -89,7 +90,8 @@ def _run_step(
         threads=build.plan.threads,
         progress=build.progress,
     )
-    done = planned.step.run(checkpoint, graph, bench)
+    with capped_memory(build.recipe.build.memory):
+        done = planned.step.run(checkpoint, graph, bench)
     made = open_model(done)
     if made.tensors != planned.graph.tensors:
         wrong = [a.name for a, b in zip(made.tensors, planned.graph.tensors, strict=False) if a != b][:3]

@@ -1,0 +1,55 @@
+"""`[build] memory`, kept: steps run under a limit on the private memory of this process.
+
+Only Linux counts what is allocated (RLIMIT_DATA: private writable memory); mapped weights are not counted, since
+they are dropped block by block. Elsewhere a recipe that sets the limit is refused, because it would mean nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llmpack.errors import EnvironmentProblem
+from llmpack.units import format_size
+
+_TORCH_WORDS = ("can't allocate memory", "not enough memory")
+_LOADED_BEFORE = ("torch", "transformers")
+"""A limit that is too low must stop a step with a message, not break the loading of a library."""
+
+
+@contextmanager
+def capped_memory(limit: int | None) -> Iterator[None]:
+    """Hold the block to `limit` bytes of private memory; None for no limit.
+
+    Raises EnvironmentProblem where the block needs more, and where the system cannot count.
+    """
+    if limit is None:
+        yield
+        return
+    if not sys.platform.startswith("linux"):
+        raise EnvironmentProblem("[build] memory can be kept on Linux only; leave it out on this system")
+    for name in _LOADED_BEFORE:
+        importlib.import_module(name)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+    try:
+        yield
+    except MemoryError as error:
+        raise _too_little(limit) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _TORCH_WORDS):
+            raise
+        raise _too_little(limit) from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _too_little(limit: int) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"a step needs more than [build] memory = {format_size(limit)}; raise it, or lower calibration.length. "
+        "Finished blocks are kept"
+    )
