@@ -11,6 +11,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from llmpack.errors import EnvironmentProblem
 from llmpack.units import format_size
@@ -33,23 +34,36 @@ def capped_memory(limit: int | None) -> Iterator[None]:
         raise EnvironmentProblem("[build] memory can be kept on Linux only; leave it out on this system")
     for name in _LOADED_BEFORE:
         importlib.import_module(name)
+    if (held := _held()) >= limit:
+        raise _too_little(limit, f"{format_size(held)} are held before it begins")
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
     try:
         yield
     except MemoryError as error:
-        raise _too_little(limit) from error
+        raise _too_little(limit, str(error) or "memory ran out") from error
     except RuntimeError as error:
         if not any(words in str(error) for words in _TORCH_WORDS):
             raise
-        raise _too_little(limit) from error
+        raise _too_little(limit, str(error)) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _too_little(limit: int) -> EnvironmentProblem:
+def _held() -> int:
+    """Bytes of private writable memory that this process has now: what RLIMIT_DATA counts (proc(5), VmData).
+
+    The kernel refuses only what comes on top, so a limit under this would go unnoticed wherever freed memory is reused.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    raise EnvironmentProblem("/proc/self/status has no VmData, so [build] memory cannot be kept; leave it out")
+
+
+def _too_little(limit: int, reason: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"a step needs more than [build] memory = {format_size(limit)}; raise it, or lower calibration.length. "
-        "Finished blocks are kept"
+        f"a step needs more than [build] memory = {format_size(limit)} ({reason}); raise it, or lower "
+        "calibration.length. Finished blocks are kept"
     )
