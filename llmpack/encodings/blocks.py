@@ -11,7 +11,7 @@ from llmpack.encodings import bits, tiles
 from llmpack.encodings.encoding import Grid, GridEncoding
 from llmpack.encodings.grids import BlockGrid, ScaleGrid, stacked
 from llmpack.encodings.refit import Descent, descend_halves
-from llmpack.encodings.search import HALF_MAX, Groups, affine, symmetric, to_half
+from llmpack.encodings.search import HALF_MAX, Groups, affine, symmetric, to_half, to_unit
 from llmpack.encodings.steps import Steps
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class BlockEncoding(BlockwiseEncoding):
         groups = Groups(x, w, self.steps)
         if self.has_minimum:
             return self._grid(*(part.view(rows, -1) for part in affine(groups, to_half, below_zero=False)[:2]))
-        return self._grid(symmetric(groups, to_half)[0].view(rows, -1))
+        return self._grid(symmetric(groups, to_unit)[0].view(rows, -1))
 
     def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
         """The grid of a few rows, its scales moved down the full Hessian."""

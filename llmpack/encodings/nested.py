@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmpack.encodings.search import Groups, affine, exactly, pick, quotient, symmetric, to_half
+from llmpack.encodings.search import Groups, affine, exactly, fold, pick, quotient, symmetric, to_half, to_unit
 from llmpack.encodings.steps import Steps
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class _Nest:
         return units.repeat_interleave(self.per)
 
     def total(self, values: Tensor) -> Tensor:
-        return values.view(-1, self.per).sum(1)
+        return fold(values.view(-1, self.per).T.contiguous())
 
     def unit_of(self, scales: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
         """The float16 unit of scales [n] that matter as much as `curvature` says, and the integers."""
@@ -66,7 +66,7 @@ class _Nest:
             return values.view(-1, self.per).T.contiguous()
 
         outer = Groups(upright(scales), upright(curvature), self.integers)
-        unit, _ = symmetric(outer, to_half)
+        unit, _ = symmetric(outer, to_unit)
         outer.round(unit)
         return unit, outer.q.T.reshape(-1)
 
@@ -104,7 +104,7 @@ def _units_of_scales(nest: _Nest, start: Found) -> Found:
     nest.groups.round(nest.spread(unit) * whole)
     across, square = nest.groups.across(), nest.groups.square()
     for _ in range(2):
-        unit = to_half(quotient(nest.total(whole * across), nest.total(whole.square() * square)))
+        unit = to_unit(quotient(nest.total(whole * across), nest.total(whole.square() * square)))
         whole = nest.clamp(quotient(across, square * nest.spread(unit)).round_())
     error = nest.groups.rounded_error(nest.spread(unit) * whole)
     return Found((unit,), (whole,), nest.total(error))
@@ -126,7 +126,7 @@ def _first_lines(nest: _Nest) -> Found:
     scale, offset, _ = affine(groups, exactly, below_zero=True)
     groups.round(scale, offset)
     linear, square = groups.linear_and_square()
-    weight, total = groups.w.sum(0), groups.wx.sum(0)
+    weight, total = groups.weight(), groups.total()
     stiff = (square - quotient(linear.square(), weight) / 2).clamp_(min=0)  # the offset follows, as far as it can
     unit, whole = nest.unit_of(scale.clamp(min=0), stiff)
     offset = quotient(nest.spread(unit) * whole * linear - total, weight).clamp_(min=0)
@@ -158,7 +158,7 @@ def _units_of_lines(nest: _Nest, start: Found) -> Found:
     whole, low_whole = start.integers
     _line_errors(nest, start.units, start.integers)
     linear, square = groups.linear_and_square()
-    across, weight, sum_x = groups.across(), groups.w.sum(0), groups.wx.sum(0)
+    across, weight, sum_x = groups.across(), groups.weight(), groups.total()
     a, b, c = total(whole.square() * square), -total(whole * low_whole * linear), total(low_whole.square() * weight)
     right, low_right = total(whole * across), -total(low_whole * sum_x)
     determinant = a * c - b * b

@@ -20,7 +20,7 @@ else:
 
     torch = LazyModule("torch")
 
-SWEEPS = 4
+SWEEPS = 16
 
 
 class Descent:

@@ -42,6 +42,12 @@ def to_half(values: Tensor) -> Tensor:
     return values.clamp(-HALF_MAX, HALF_MAX).to(torch.float16).to(torch.float32)
 
 
+def to_unit(values: Tensor) -> Tensor:
+    """As `to_half`, but nothing becomes 0: a scale may be the smallest float16 and its multiples few."""
+    halves = to_half(values)
+    return torch.where((halves == 0) & (values != 0), values.sign() * 2.0**-24, halves)
+
+
 def exactly(values: Tensor) -> Tensor:
     """`values` as they are: for scales that are not yet what the file stores."""
     return values
@@ -50,6 +56,20 @@ def exactly(values: Tensor) -> Tensor:
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and 0 where that is not finite."""
     return torch.nan_to_num_(numerator / denominator, 0.0, 0.0, 0.0)
+
+
+def fold(values: Tensor) -> Tensor:
+    """Sum over the first dimension; `values` is overwritten.
+
+    Halves are added to halves, so that a column's sum depends on no other column: results are the same bit for bit
+    whatever tiles and threads a matrix is cut into.
+    """
+    count = values.shape[0]
+    while count > 1:
+        half = (count + 1) // 2
+        values[: count - half].add_(values[half:count])
+        count = half
+    return values[0].clone()
 
 
 def pick(condition: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -88,7 +108,7 @@ class Groups:
         values = torch.mul(self.q, scale, out=self._spare)
         if offset is not None:
             values.add_(offset)
-        return values.sub_(self.x).square_().mul_(self.w).sum(0)
+        return fold(values.sub_(self.x).square_().mul_(self.w))
 
     def rounded_error(self, scale: Tensor, offset: Tensor | None = None) -> Tensor:
         """[n] weighted squared error of rounding to nearest."""
@@ -97,21 +117,30 @@ class Groups:
 
     def across(self, weighted: Tensor | None = None) -> Tensor:
         """[n] ``sum w x q``, or ``sum weighted q``."""
-        return torch.mul(self.wx if weighted is None else weighted, self.q, out=self._spare).sum(0)
+        return fold(torch.mul(self.wx if weighted is None else weighted, self.q, out=self._spare))
 
     def square(self) -> Tensor:
         """[n] ``sum w q^2``."""
-        return torch.mul(self.w, self.q, out=self._spare).mul_(self.q).sum(0)
+        return fold(torch.mul(self.w, self.q, out=self._spare).mul_(self.q))
 
     def linear_and_square(self) -> tuple[Tensor, Tensor]:
         """[n] ``sum w q`` and ``sum w q^2``."""
-        weighted = torch.mul(self.w, self.q, out=self._spare)
-        return weighted.sum(0), weighted.mul_(self.q).sum(0)
+        linear = fold(torch.mul(self.w, self.q, out=self._spare))
+        return linear, self.square()
+
+    def weight(self) -> Tensor:
+        """[n] ``sum w``."""
+        return fold(self._spare.copy_(self.w))
+
+    def total(self) -> Tensor:
+        """[n] ``sum w x``."""
+        return fold(self._spare.copy_(self.wx))
 
 
 def symmetric(groups: Groups, store: Store) -> tuple[Tensor, Tensor]:
     """Scales [n] as stored, and their errors; minimize ``sum w (x - scale * multiple)^2``."""
-    extreme = torch.gather(groups.x, 0, groups.x.abs().argmax(0, keepdim=True))[0]
+    least, largest = groups.x.amin(0), groups.x.amax(0)
+    extreme = torch.where(largest >= -least, largest, least)
     scale, gain = torch.zeros_like(extreme), torch.zeros_like(extreme)
     for end in groups.steps.ends:
         for factor in FACTORS:
@@ -173,8 +202,8 @@ class Lines:
 
     def __init__(self, groups: Groups, below_zero: bool) -> None:
         self.groups, self.below_zero = groups, below_zero
-        self.weight = groups.w.sum(0)
-        self.mean = quotient(groups.wx.sum(0), self.weight)
+        self.weight = groups.weight()
+        self.mean = quotient(groups.total(), self.weight)
         self.centred = groups.w * (groups.x - self.mean)
 
     def flat(self) -> tuple[Tensor, ...]:
