@@ -1,17 +1,20 @@
 """Weights adjusted to inputs that earlier rounding has moved.
 
 A matrix that should turn r into ``W r`` receives x, since the matrices before it were rounded. The
-``V`` that minimizes ``E |W r - V x|^2`` is ``W E[r x^T] E[x x^T]^-1``; rounding V instead of W lets this
+``V`` that minimizes ``E |W r - V x|^2`` is ``W + W E[(r - x) x^T] E[x x^T]^-1``; rounding V instead of W lets this
 matrix make up for what it can predict of the errors before it. GPTAQ (Li et al. 2025,
 arXiv:2504.02692) adds the same term column by column inside GPTQ; on fixed scales it can be taken
 beforehand, in closed form, and the scales are then fitted to what is rounded.
+
+Least squares on few tokens also predicts what is chance. So some sequences are kept out of the fit, and on these
+every matrix shows how much of its shift is true.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.hessian import Factor
+from llmpack.algorithms.hessian import CrossSum, Factor
 
 if TYPE_CHECKING:
     import torch
@@ -21,28 +24,84 @@ else:
 
     torch = LazyModule("torch")
 
+HELD_EVERY = 8
+"""One sequence in so many is kept out of the fit."""
 
-def drift_map(H: Tensor, cross: Tensor, factor: Factor) -> Tensor:
-    """``D`` [columns, columns] float64 such that ``W + W D`` is the best matrix for the moved inputs.
+HELD_TOKENS = 1024
+"""No more tokens than these are kept: they decide on one number for each matrix."""
 
-    H       ``E[x x^T]`` of the inputs as they are
-    cross   ``E[r x^T]``, r being the inputs as they were
-    factor  of the damped H: damping keeps directions that hardly occur as they are
 
-    ``D = (E[r x^T] - H) (H + damping)^-1``; zero where nothing has moved.
+class DriftSum:
+    """How far one input has moved, over sequences seen twice: in the unchanged model (r) and now (x)."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self._sum = CrossSum(columns, device)
+        self._sequences = 0
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._held_tokens = 0
+
+    def add(self, reference: Tensor, x: Tensor) -> None:
+        """Add pairs [sequences, tokens, columns]."""
+        for was, now in zip(reference, x, strict=True):
+            self._sequences += 1
+            moved = was - now
+            room = HELD_TOKENS - self._held_tokens
+            if self._sequences % HELD_EVERY == 0 and room > 0:
+                self._held.append((moved[:room].clone(), now[:room].clone()))
+                self._held_tokens += len(now[:room])
+            else:
+                self._sum.add(moved, now)
+
+    def moved(self) -> Tensor:
+        """``E[(r - x) x^T]`` [columns, columns] float32 over the sequences of the fit; NumericalError without any."""
+        return self._sum.mean()
+
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """``r - x`` and x, [tokens, columns] each, of the sequences kept out; None where there were too few."""
+        if not self._held:
+            return None
+        moved, now = zip(*self._held, strict=True)
+        return torch.cat(moved), torch.cat(now)
+
+
+def shift(W: Tensor, moved: Tensor, factor: Factor) -> Tensor:
+    """``S = W E[(r - x) x^T] (H + damping)^-1``, float64: ``W + S`` is the best matrix for inputs that have moved.
+
+    W       [rows, columns]
+    moved   [columns, columns], of `DriftSum.moved`
+    factor  of the damped H; damping leaves directions that hardly occur as they are
     """
-    moved = (cross.to(torch.float64) - H.to(torch.float64)).index_select(1, factor.order)
-    upper = factor.upper.to(torch.float64)
-    half = torch.linalg.solve_triangular(upper, moved.T, upper=True)
-    solved: Tensor = torch.linalg.solve_triangular(upper.T, half, upper=False).T
-    return solved.index_select(1, torch.argsort(factor.order))
+    moved = moved.to(torch.float64)
+    if W.shape[0] > W.shape[1]:
+        return W.to(torch.float64) @ _over_hessian(moved, factor)
+    return _over_hessian(W.to(torch.float64) @ moved, factor)
 
 
-def follow(W: Tensor, drift: Tensor, strength: float) -> Tensor:
-    """``W + strength * W D`` in the dtype of W.
+def true_share(W: Tensor, S: Tensor, held: tuple[Tensor, Tensor] | None) -> float:
+    """How much of a shift is true, from 0 to 1: the multiple of it that fits best to sequences it was not fitted to.
+
+    held  of `DriftSum.held`; without them no shift can be trusted
+    """
+    if held is None:
+        return 0.0
+    moved, now = held
+    wanted, predicted = (moved.to(W.dtype) @ W.T).double(), (now.to(W.dtype) @ S.to(W.dtype).T).double()
+    energy = float(predicted.square().sum())
+    return min(max(float((wanted * predicted).sum()) / energy, 0.0), 1.0) if energy > 0 else 0.0
+
+
+def follow(W: Tensor, S: Tensor, strength: float) -> Tensor:
+    """``W + strength * S`` in the dtype of W.
 
     The whole of it minimizes the error of this matrix alone, but least squares shrinks what it predicts from
     noisy inputs, and shrinking in every layer adds up; part of it is better for the model.
     """
-    wide = W.to(torch.float64)
-    return wide.addmm(wide, drift, alpha=strength).to(W.dtype)
+    return W.to(torch.float64).add(S, alpha=strength).to(W.dtype)
+
+
+def _over_hessian(left: Tensor, factor: Factor) -> Tensor:
+    """``left (R R^T)^-1`` [rows, columns], R being the factor's triangle in its order."""
+    upper = factor.upper.to(torch.float64)
+    half = torch.linalg.solve_triangular(upper, left.index_select(1, factor.order).T, upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(upper.T, half, upper=False).T
+    return solved.index_select(1, torch.argsort(factor.order))

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmpack.algorithms.hessian import CrossSum, HessianSum
+from llmpack.algorithms.drift import DriftSum
+from llmpack.algorithms.hessian import HessianSum
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -52,11 +53,11 @@ class Moments:
     """Second moments of one input of a block.
 
     own    ``E[x x^T]`` of what the block sees
-    cross  ``E[r x^T]`` with r what the unchanged model has at the same place
+    drift  how far that is from what the unchanged model has at the same place
     """
 
     own: HessianSum
-    cross: CrossSum
+    drift: DriftSum
 
 
 class Activations:
@@ -211,7 +212,7 @@ class Visit:
         if self._activations.streams == 1 or self._replaced:
             raise ValueError("moments with the reference need a walk with one, and a block as it was")
         device = self._forward.device
-        sums = {n: Moments(HessianSum(c, device), CrossSum(c, device)) for n, c in self._widths(inputs).items()}
+        sums = {n: Moments(HessianSum(c, device), DriftSum(c, device)) for n, c in self._widths(inputs).items()}
         seen: dict[str, Tensor] = {}
 
         def both() -> Iterator[Tensor]:
@@ -221,7 +222,7 @@ class Visit:
                 self._forward.run(Block(self.index, self._module), next(own))
                 for name, one in sums.items():
                     one.own.add(seen[name])
-                    one.cross.add(reference[name], seen[name])
+                    one.drift.add(reference[name], seen[name])
                 yield output
 
         with self._watched({name: partial(seen.__setitem__, name) for name in sums}):

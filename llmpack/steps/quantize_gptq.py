@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from llmpack.algorithms.drift import DriftSum, follow, shift, true_share
 from llmpack.algorithms.gptq import Rounded, relative_error, round_together
 from llmpack.algorithms.hessian import Factor, factorize
 from llmpack.calibration.walk import Visit, resume_point, walk
@@ -47,13 +48,18 @@ class QuantizeGptq(Quantize):
     are those that it will really see: outputs of the blocks rounded before it.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     damping: float = Field(default=0.01, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less."""
 
     order: Literal["activation", "natural"] = "activation"
     """Which columns are rounded first: those with the largest inputs, or from left to right."""
+
+    correction: float = Field(default=0.5, ge=0, le=1)
+    """How far each matrix makes up for what rounding did to its inputs in the blocks before: 0 not at all, 1 all
+    that it can predict. How much of that is true is tried on an eighth of the calibration sequences; with fewer than
+    8 of them nothing is corrected. Needs the unchanged model's inputs too: one more forward pass of each block."""
 
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
@@ -87,20 +93,33 @@ class QuantizeGptq(Quantize):
     ) -> Iterator[Visit]:
         if bench.corpus is None:
             raise StepFailed("quantize.gptq learns from calibration text, and there is none; add [calibration]")
-        start = resume_point(checkpoint, graph, bench.corpus, work=bench.work)
+        reference = self.correction > 0
+        start = resume_point(checkpoint, graph, bench.corpus, work=bench.work, reference=reference)
         require_blocks(writer, start)
-        return walk(checkpoint, graph, bench.corpus, work=bench.work, start=start, progress=bench.progress)
+        return walk(
+            checkpoint,
+            graph,
+            bench.corpus,
+            work=bench.work,
+            start=start,
+            progress=bench.progress,
+            reference=reference,
+        )
 
     def _block(self, visit: Visit, target: ModelGraph, progress: Progress) -> dict[str, Treated]:
         treated: dict[str, Treated] = {}
-        sums = visit.hessians()
+        moments = visit.moments() if self.correction else {}
+        sums = {} if moments else visit.hessians()
         for inputs, specs in target.input_groups(visit.index).items():
             with at_block(self.use, visit.index, specs):
-                H = sums.pop(inputs).mean()
-                treated |= self._group(visit, specs, H, progress)
+                both = moments.pop(inputs, None)
+                H = both.own.mean() if both else sums.pop(inputs).mean()
+                treated |= self._group(visit, specs, H, both.drift if both else None, progress)
         return treated
 
-    def _group(self, visit: Visit, specs: Sequence[TensorSpec], H: Tensor, progress: Progress) -> dict[str, Treated]:
+    def _group(
+        self, visit: Visit, specs: Sequence[TensorSpec], H: Tensor, drift: DriftSum | None, progress: Progress
+    ) -> dict[str, Treated]:
         """Matrices that read one input: those of one encoding are rounded together."""
         factor = self._factor(H, visit.index, specs, progress)
         treated: dict[str, Treated] = {}
@@ -110,14 +129,19 @@ class QuantizeGptq(Quantize):
             kind = encoding(name)
             if not isinstance(kind, GridEncoding):
                 for spec, W in zip(chosen, weights, strict=True):
-                    data = kind.encode(W)
-                    treated[spec.name] = Treated(packed_as(spec, data))
-                    visit.replace(spec.name, kind.decode(data, W.shape[1]))
+                    treated[spec.name] = Treated(packed_as(spec, kind.encode(W)))
+                    visit.replace(spec.name, kind.decode(treated[spec.name].packed.data, W.shape[1]))
                 continue
-            for spec, W, one in zip(chosen, weights, _round(weights, H, factor, kind), strict=True):
+            strengths = [0.0] * len(weights)
+            if drift is not None and factor is not None:
+                weights, strengths = _following(weights, drift, factor, self.correction)
+            rounded = _round(weights, H, factor, kind)
+            for spec, W, one, strength in zip(chosen, weights, rounded, strengths, strict=True):
                 Q = one.quantized.decode()
                 visit.replace(spec.name, Q)
                 note = {"error": relative_error(W, Q, H), "clipped": one.clipped, **_of_factor(factor)}
+                if drift is not None:
+                    note["correction"] = strength
                 treated[spec.name] = Treated(packed_as(spec, one.quantized.pack()), note)
         return treated
 
@@ -133,6 +157,16 @@ class QuantizeGptq(Quantize):
         if factor.raised:
             progress.say(f"block {block}, {specs[0].inputs}: damping raised to {factor.damping:g}")
         return factor
+
+
+def _following(
+    weights: Sequence[Tensor], drift: DriftSum, factor: Factor, correction: float
+) -> tuple[list[Tensor], list[float]]:
+    """Weights that make up for moved inputs, each as far as sequences kept out of the fit bear it out."""
+    held = drift.held()
+    shifts = torch.split(shift(torch.cat(list(weights)), drift.moved(), factor), [len(W) for W in weights])
+    strengths = [correction * true_share(W, S, held) for W, S in zip(weights, shifts, strict=True)]
+    return [follow(W, S, much) for W, S, much in zip(weights, shifts, strengths, strict=True)], strengths
 
 
 def _round(weights: Sequence[Tensor], H: Tensor, factor: Factor | None, kind: GridEncoding) -> list[Rounded]:
