@@ -132,6 +132,13 @@ def rounding_order(H: Tensor, order: str) -> Tensor:
     return torch.argsort(torch.diagonal(H), descending=True, stable=True)
 
 
+def damped(H: Tensor, damping: float) -> Tensor:
+    """H with `damping` times the mean of its diagonal (over columns that are not dead) added to the diagonal."""
+    diagonal = torch.diagonal(H)
+    alive = diagonal[diagonal > 0]
+    return H + damping * float(alive.mean()) * torch.eye(len(H), dtype=H.dtype) if len(alive) else H.clone()
+
+
 def factorize(H: Tensor, damping: float = 0.01, order: str = "activation", dtype: torch.dtype | None = None) -> Factor:
     """The triangular factor of a damped Hessian in rounding order.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmpack.algorithms.drift import DriftSum, follow, shift, true_share
-from llmpack.algorithms.gptq import Rounded, relative_error, round_together
-from llmpack.algorithms.hessian import Factor, factorize
+from llmpack.algorithms.gptq import Rounded, refine, relative_error, round_together
+from llmpack.algorithms.hessian import Factor, damped, factorize
 from llmpack.calibration.walk import Visit, resume_point, walk
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.writing import CheckpointWriter
@@ -50,8 +51,9 @@ class QuantizeGptq(Quantize):
 
     version: ClassVar[int] = 2
 
-    damping: float = Field(default=0.01, ge=0, le=10)
-    """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less."""
+    damping: float = Field(default=0.03, ge=0, le=10)
+    """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less. 0.03 is
+    best on unseen text for some 30 thousand calibration tokens; with a quarter of them 0.1 is."""
 
     order: Literal["activation", "natural"] = "activation"
     """Which columns are rounded first: those with the largest inputs, or from left to right."""
@@ -60,6 +62,10 @@ class QuantizeGptq(Quantize):
     """How far each matrix makes up for what rounding did to its inputs in the blocks before: 0 not at all, 1 all
     that it can predict. How much of that is true is tried on an eighth of the calibration sequences; with fewer than
     8 of them nothing is corrected. Needs the unchanged model's inputs too: one more forward pass of each block."""
+
+    refine: int = Field(default=1, ge=0, le=16)
+    """Rounds of refinement after rounding: scales are fitted again to the codes chosen, then each code takes its best
+    value given all others. A round costs about as much as rounding itself."""
 
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
@@ -136,6 +142,9 @@ class QuantizeGptq(Quantize):
             if drift is not None and factor is not None:
                 weights, strengths = _following(weights, drift, factor, self.correction)
             rounded = _round(weights, H, factor, kind)
+            if factor is not None and self.refine:
+                stiff = damped(H, factor.damping)
+                rounded = [_refined(W, stiff, one, self.refine) for W, one in zip(weights, rounded, strict=True)]
             for spec, W, one, strength in zip(chosen, weights, rounded, strengths, strict=True):
                 Q = one.quantized.decode()
                 visit.replace(spec.name, Q)
@@ -175,6 +184,15 @@ def _round(weights: Sequence[Tensor], H: Tensor, factor: Factor | None, kind: Gr
         rounded: list[Quantized] = [kind.round(W, grid) for W, grid in zip(weights, grids, strict=True)]
         return [Rounded(one, 0.0) for one in rounded]
     return round_together(weights, factor, grids, kind)
+
+
+def _refined(W: Tensor, H: Tensor, start: Rounded, rounds: int) -> Rounded:
+    """Scales and codes in turn, each the best for the others; the error only falls."""
+    found = start.quantized
+    for _ in range(rounds):
+        grid = found.encoding.refit(found.codes, found.grid, W, H)
+        found = refine(W, H, replace(found, grid=grid), sweeps=1)
+    return Rounded(found, start.clipped)
 
 
 def _of_factor(factor: Factor | None) -> Mapping[str, Any]:

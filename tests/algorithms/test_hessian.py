@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmpack.algorithms import hessian
-from llmpack.algorithms.hessian import HessianSum, factorize, rounding_order
+from llmpack.algorithms.hessian import HessianSum, damped, factorize, rounding_order
 from llmpack.errors import NumericalError
 
 
@@ -70,10 +70,11 @@ def test_factor_times_its_transpose_is_the_damped_hessian(order):
     H = torch.from_numpy(moments(inputs(500, 40)))
     factor = factorize(H, 0.02, order, dtype=torch.float64)
     columns = factor.order
-    damped = H.numpy() + 0.02 * np.trace(H.numpy()) / 40 * np.eye(40)
+    expected = H.numpy() + 0.02 * np.trace(H.numpy()) / 40 * np.eye(40)
     assert torch.equal(factor.upper, torch.triu(factor.upper))
-    assert np.allclose((factor.upper @ factor.upper.T).numpy(), damped[np.ix_(columns, columns)], rtol=1e-12)
+    assert np.allclose((factor.upper @ factor.upper.T).numpy(), expected[np.ix_(columns, columns)], rtol=1e-12)
     assert (factor.damping, factor.raised, factor.dead) == (0.02, (), 0)
+    assert np.allclose(damped(H, 0.02).numpy(), expected, rtol=1e-12)
 
 
 def test_activation_order_takes_the_largest_first_and_keeps_ties_in_place():

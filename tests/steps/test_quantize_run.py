@@ -105,6 +105,27 @@ def test_gptq_notes_error_damping_and_clipping_of_every_matrix(results, graph):
             assert 0 <= note["clipped"] < 0.2
 
 
+def test_refinement_lowers_the_error_of_every_matrix(checkpoint, graph, tmp_path):
+    """In the first block, whose inputs are the same with and without it."""
+    notes = []
+    for rounds in (0, 1, 3):
+        run = bench(tmp_path / str(rounds), checkpoint, corpus_of(1))
+        notes.append(notes_of(step("quantize.gptq", refine=rounds, damping=0.0).run(checkpoint, graph, run), 0))
+    for name in notes[0]:
+        plain, once, thrice = (note[name]["error"] for note in notes)
+        assert thrice < once < plain
+
+
+def test_correction_is_noted_where_something_has_moved(results, checkpoint, graph, tmp_path):
+    notes = [notes_of(results["quantize.gptq"], block) for block in range(BLOCKS)]
+    assert all(note["correction"] == 0 for note in notes[0].values())
+    later = [note["correction"] for block in notes[1:] for note in block.values()]
+    assert all(0 <= much <= 0.5 for much in later)
+    assert max(later) > 0.1
+    few = step("quantize.gptq").run(checkpoint, graph, bench(tmp_path, checkpoint, corpus_of(1, count=7)))
+    assert all(note["correction"] == 0 for block in range(BLOCKS) for note in notes_of(few, block).values())
+
+
 def test_gptq_sees_the_blocks_that_it_rounded_before(checkpoint, graph, tmp_path):
     """The error that it notes in the last block is measured on inputs that come out of rounded blocks."""
     corpus = corpus_of(1)
