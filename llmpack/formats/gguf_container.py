@@ -71,7 +71,7 @@ _NUMPY = {
 
 
 def _packed_text(text: str | bytes) -> bytes:
-    raw = text.encode() if isinstance(text, str) else text
+    raw = _utf8(text)
     return struct.pack("<Q", len(raw)) + raw
 
 
@@ -112,8 +112,12 @@ class Value:
             return len(self.pack())
         head = struct.calcsize("<IIQ")
         if self.element is ValueType.STRING:
-            return head + sum(8 + len(text.encode() if isinstance(text, str) else text) for text in self.data)
+            return head + 8 * len(self.data) + len(b"".join(map(_utf8, self.data)))
         return head + len(self.data) * struct.calcsize("<" + _SCALARS[self.element])
+
+
+def _utf8(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def uint32(number: int) -> Value:

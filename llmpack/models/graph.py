@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from llmpack.encodings import ENCODINGS
@@ -49,7 +50,13 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes under its encoding."""
-        return ENCODINGS.load(self.encoding)().nbytes(self.shape)
+        return _nbytes(self.encoding, self.shape)
+
+
+@cache
+def _nbytes(encoding: str, shape: tuple[int, ...]) -> int:
+    """A model has few different shapes, and a plan asks for the size of every tensor many times."""
+    return ENCODINGS.load(encoding)().nbytes(shape)
 
 
 @dataclass(frozen=True)
