@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmpack.units import format_size
 
 if TYPE_CHECKING:
+    from llmpack.pipeline.check import Checked
     from llmpack.pipeline.evaluate import Evaluated
     from llmpack.pipeline.inspection import Inspection
     from llmpack.pipeline.state import Build
@@ -76,7 +77,7 @@ def show_inspection(found: Inspection, tensors: bool) -> None:
 
 def verdict_lines(verdict: Verdict) -> list[str]:
     """A verdict as columns, with what would mend each row that is not kept."""
-    from llmpack.pipeline.contents import verdict_rows
+    from llmpack.target.verdict_table import verdict_rows
 
     head = ("limit", "wanted", "found", "status", "by")
     body = columns([head, *verdict_rows(verdict)])
@@ -98,6 +99,15 @@ def show_verdict(verdict: Verdict, title: str) -> None:
     print("\n".join(verdict_lines(verdict)))
 
 
+def show_checked(checked: Checked) -> None:
+    """A file judged."""
+    for verdict in checked.verdicts:
+        title = f"{checked.path} for {verdict.device} at {verdict.context} tokens of context, {checked.source}:"
+        show_verdict(verdict, title)
+    for note in dict.fromkeys(note for found in checked.estimates for note in found.assumptions):
+        print(f"note: {note}")
+
+
 def show_plan(build: Build) -> None:
     """What a build would do and make."""
     plan = build.plan
@@ -108,9 +118,11 @@ def show_plan(build: Build) -> None:
         {"step": step.step.use, "makes": ", ".join(_encodings(step.graph)), "state": step.state} for step in plan.steps
     ]
     show_table(rows)
-    print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
-    terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in plan.estimate.terms]
-    show_table([*terms, {"part": "in all", "size": format_size(plan.estimate.memory.value), "why": ""}])
+    memory = plan.estimate.memory
+    if memory:
+        print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
+        terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in memory.terms]
+        show_table([*terms, {"part": "in all", "size": format_size(memory.total.value), "why": ""}])
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
     for note in plan.estimate.assumptions:

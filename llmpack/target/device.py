@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from importlib.resources import files
+from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -143,11 +144,23 @@ def device_names() -> list[str]:
 
 
 def device(name: str) -> Device:
-    """The device of that name; "host" probes this machine. Raises RecipeError with a suggestion."""
+    """The device of that name, or of a profile's file (``name.toml``); "host" probes this machine.
+
+    Raises RecipeError with a suggestion, or with everything that is wrong in the file.
+    """
     if name == HOST:
         from llmpack.target.probe import probe_host
 
         return probe_host()
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            return read_device(path.stem, path.read_text("utf-8"), name)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise RecipeError(
+                [Problem(f"the profile {name} cannot be read: {reason}", path="target.device")]
+            ) from error
     names = device_names()
     if name not in names:
         hint = suggestion(name, [HOST, *names])

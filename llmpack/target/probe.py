@@ -14,6 +14,7 @@ import psutil
 from llmpack.errors import EnvironmentProblem
 from llmpack.runtime.settings import usable_cores
 from llmpack.target.device import HOST, Device
+from llmpack.units import format_size
 
 # /proc/cpuinfo's words for the instruction sets that matter (x86 "flags", ARM "Features")
 _FLAGS = {
@@ -54,6 +55,25 @@ def probe_host(*, bandwidth: bool = False) -> Device:
         "figures": figures,
     }
     return Device.model_validate(table)
+
+
+def is_this_machine(profile: Device) -> bool:
+    """Whether what is measured here holds for that device: same processor, cores, instruction sets and memory.
+
+    Raises EnvironmentProblem if it is this machine and has less memory than the profile promises.
+    """
+    here = probe_host()
+    if profile.fingerprint == here.fingerprint:
+        return True
+    with_our_memory = profile.figures.model_copy(update={"memory": here.figures.memory})
+    if profile.model_copy(update={"figures": with_our_memory}).fingerprint != here.fingerprint:
+        return False
+    if here.memory < profile.memory:
+        text = (
+            f"this machine has {format_size(here.memory)} of memory, {profile.name} says {format_size(profile.memory)}"
+        )
+        raise EnvironmentProblem(f"{text}; mend the profile (`llmpack device probe` writes one), or lift the limit")
+    return False
 
 
 def _measured(value: object, source: str) -> dict[str, object]:
