@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at, check and clean the cache of finished work.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+device_app = typer.Typer(help="Look at the devices that bundles are made for, or probe this one.", no_args_is_help=True)
+app.add_typer(device_app, name="device")
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
@@ -272,6 +274,45 @@ def cache_gc(
 
     rows = collect(_cache(cache), days, key)
     session.answer(rows, lambda: show_table(rows))
+
+
+@device_app.command("list")
+@command
+def device_list(session: Session) -> None:
+    """List the profiles."""
+    from llmpack.cli.listing import devices
+    from llmpack.cli.show import show_table
+
+    rows = devices()
+    session.answer(rows, lambda: show_table(rows))
+
+
+@device_app.command("show")
+@command
+def device_show(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="A name, a profile's FILE.toml, or `host`.", show_default=False)],
+) -> None:
+    """Show every figure of a device, with where it is from; an unknown one is named as unknown."""
+    from llmpack.cli.show import show_device
+    from llmpack.target.device import device as find
+
+    found = find(name)
+    session.answer(found.model_dump(mode="json"), lambda: show_device(found))
+
+
+@device_app.command("probe")
+@command
+def device_probe(
+    session: Session,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.toml", help="Write a profile.")] = None,
+    description: Annotated[str, typer.Option("--description", help="What to call this machine.")] = "",
+) -> None:
+    """Measure this machine and write a profile of it; without --out it is printed."""
+    from llmpack.cli.probing import probed
+
+    found, text = probed(out, description)
+    session.answer(found.model_dump(mode="json"), lambda: print(text, end=""))
 
 
 def _version(asked: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmpack.pipeline.inspection import Inspection
     from llmpack.pipeline.state import Build
     from llmpack.target.budget import Verdict
+    from llmpack.target.device import Device
 
 _NUMBER = re.compile(r"-?[\d,.]*( [kKMGT]?i?B)?")
 _COLOURS = {"PASS": "32", "FAIL": "31", "UNMEASURED": "33"}
@@ -106,6 +107,20 @@ def show_checked(checked: Checked) -> None:
         show_verdict(verdict, title)
     for note in dict.fromkeys(note for found in checked.estimates for note in found.assumptions):
         print(f"note: {note}")
+
+
+def show_device(found: Device) -> None:
+    """A device with every figure, and what its instruction sets mean for models."""
+    from llmpack.cli.listing import device_rows
+    from llmpack.target.memory_model import repacked_rows
+
+    print(f"{found.name}: {found.description} ({found.arch}, {found.cpu})")
+    show_table(device_rows(found))
+    if found.instruction_sets is None:
+        print("\nwhich encodings llama.cpp has fast kernels for is unknown, as the instruction sets are")
+        return
+    names = ", ".join(sorted(repacked_rows(found.instruction_sets))) or "none"
+    print(f"\nrepacked for its fastest kernels (a mapped file then stands in memory twice): {names}")
 
 
 def show_plan(build: Build) -> None:

@@ -16,6 +16,7 @@ from llmpack.cli.main import main
 from llmpack.errors import InputRejected
 from llmpack.target.budget import Budget, judge
 from llmpack.target.device import device
+from llmpack.target.profile_text import profile_text
 
 ROOT = Path(__file__).parents[2]
 TERMS = '[target]\naccept = "estimate"\n[runtime]\nkv = "q8_0"\n[budget]\nmemory = "350 MiB"\ncontext = 256\n'
@@ -149,12 +150,8 @@ def test_a_profile_that_promises_more_than_this_machine_has_is_an_error(check, t
             )
         }
     )
-    lines = [f"{key} = {json.dumps(getattr(profile, key))}" for key in ("description", "arch", "cpu", "kernel")]
-    for name, figure in profile.figures.model_dump(mode="json").items():
-        if figure:
-            lines += [f"[figures.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in figure.items())]
     file = tmp_path / "large.toml"
-    file.write_text("\n".join(lines))
+    file.write_text(profile_text(profile, "2026"))
     code, _, err = check("--budget", "memory=300 MiB", "--budget", "context=64", "--device", file)
     assert code == 6
     assert re.search(r"this machine has .* of memory, large says .*device probe", err)
@@ -216,7 +213,8 @@ def test_it_loads_no_torch(model, tmp_path):
     code = f"""
 import sys
 from llmpack.cli.main import main
-sys.argv = ["llmpack", "check", {str(model)!r}, "--budget", "memory=500 MiB", "--budget", "context=64"]
+sys.argv = ["llmpack", "check", {str(model)!r}, "--budget", "memory=500 MiB", "--budget",
+    "context=64", "--set", "runtime.threads=1"]
 try:
     main()
 except SystemExit as end:
