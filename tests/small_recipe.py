@@ -1,6 +1,6 @@
 """A recipe that the small model passes on any machine, and the shortest way to measure."""
 
-from llmpack.target.measure import Protocol
+from llmpack.target.protocol import Protocol
 
 RECIPE = """\
 schema = 1

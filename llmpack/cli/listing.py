@@ -12,6 +12,7 @@ from llmpack.units import format_seconds, format_size
 
 if TYPE_CHECKING:
     from llmpack.pipeline.cache import Cache, Entry
+    from llmpack.target.device import Device
 
 Rows = list[dict[str, Any]]
 SHORT_KEY = 12
@@ -22,7 +23,7 @@ def listing(what: str) -> Rows:
     lists: dict[str, Callable[[], Rows]] = {
         "steps": _steps,
         "encodings": _encodings,
-        "devices": _devices,
+        "devices": devices,
         "families": _families,
     }
     if what not in lists:
@@ -70,14 +71,61 @@ def _families() -> Rows:
     ]
 
 
-def _devices() -> Rows:
+def devices() -> Rows:
+    """Every profile of the package."""
     from llmpack.target.device import device, device_names
 
     rows = []
     for name in device_names():
         found = device(name)
-        rows.append({"device": name, "memory": format_size(found.memory), "meaning": found.description})
+        bandwidth = f"{found.bandwidth / 1e9:.4g} GB/s" if found.bandwidth else "unknown"
+        rows.append(
+            {
+                "device": name,
+                "memory": format_size(found.memory),
+                "bandwidth": bandwidth,
+                "meaning": found.description,
+            }
+        )
     return rows
+
+
+def device_rows(found: Device) -> Rows:
+    """Every figure of a device with why it is believed, and what follows from its instruction sets."""
+    rows = []
+    for name, figure in found.figures.model_dump(mode="json").items():
+        if figure is None:
+            rows.append({"figure": name, "value": "unknown", "provenance": "", "date": "", "source": ""})
+            continue
+        shown = getattr(found.figures, name).value
+        rows.append(
+            {
+                "figure": name,
+                "value": _shown(name, shown),
+                "provenance": figure["provenance"],
+                "date": figure["date"],
+                "source": figure["source"],
+            }
+        )
+    return rows
+
+
+_UNITS: dict[str, tuple[float, str]] = {
+    "bandwidth": (1e9, "GB/s"),
+    **dict.fromkeys(("arithmetic", "f32", "int8"), (1e9, "GFLOP/s")),
+    "block_overhead": (1e-6, "us"),
+}
+
+
+def _shown(name: str, value: Any) -> str:
+    if name in _UNITS:
+        scale, unit = _UNITS[name]
+        return f"{value / scale:.4g} {unit}"
+    if name == "memory" or name.startswith("cache"):
+        return format_size(value)
+    if isinstance(value, dict):
+        return ", ".join(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def cache_rows(cache: Cache) -> Rows:

@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at, check and clean the cache of finished work.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+device_app = typer.Typer(help="Look at the devices that bundles are made for, or probe this one.", no_args_is_help=True)
+app.add_typer(device_app, name="device")
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle's folder.", show_default=False)]
@@ -36,7 +38,11 @@ Overrides = Annotated[
 ]
 Limits = Annotated[
     list[str] | None,
-    typer.Option("--budget", metavar="LIMIT=VALUE", help="Change the budget, e.g. --budget memory=300MiB. Repeatable."),
+    typer.Option(
+        "--budget",
+        metavar="LIMIT=VALUE|FILE",
+        help='A limit, e.g. --budget memory="350 MiB", or a TOML file with a [budget] table. Repeatable.',
+    ),
 ]
 CacheFolder = Annotated[
     Path | None,
@@ -107,19 +113,35 @@ def plan(
 @command
 def check(
     session: Session,
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder, or a GGUF file.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="A bundle's folder, or a GGUF file.", show_default=False)],
     budget: Limits = None,
-    device: Annotated[str | None, typer.Option("--device", help="Judge for another device (`host`: this one).")] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="Judge for this device: a name, a profile's FILE.toml, `host`. Repeatable."),
+    ] = None,
     accept: Annotated[str | None, typer.Option("--accept", help="`estimate`: computed figures are enough.")] = None,
+    estimate_only: Annotated[
+        bool, typer.Option("--estimate-only", help="Read the header alone and measure nothing.")
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdict as JUnit XML.")
+    ] = None,
+    set: Overrides = None,
     cache: CacheFolder = None,
 ) -> int:
-    """Judge a bundle again, against its budget or another; measures only what the evidence does not cover."""
-    from llmpack.cli.show import show_verdict
-    from llmpack.errors import BudgetMissed
-    from llmpack.pipeline.check import check_bundle
+    """Judge a bundle or any GGUF file against a budget; exit code 0 only if every limit passes, else 4."""
+    import gc
 
-    checked = check_bundle(bundle, _cache(cache), limits=tuple(budget or ()), device_name=device, accept=accept)
-    session.answer(checked.document(), lambda: show_verdict(checked.verdict, checked.title))
+    gc.disable()  # as for a plan
+    from llmpack.cli.gate import reported
+    from llmpack.cli.show import show_checked
+    from llmpack.errors import BudgetMissed
+    from llmpack.pipeline.check import Question
+    from llmpack.pipeline.check import check as judge
+
+    question = Question(tuple(budget or ()), tuple(set or ()), tuple(device or ()), accept, estimate_only)
+    checked = reported(path, junit, lambda: judge(path, _cache(cache), question))
+    session.answer(checked.document(), lambda: show_checked(checked))
     return 0 if checked.passed else BudgetMissed.exit_code
 
 
@@ -252,6 +274,45 @@ def cache_gc(
 
     rows = collect(_cache(cache), days, key)
     session.answer(rows, lambda: show_table(rows))
+
+
+@device_app.command("list")
+@command
+def device_list(session: Session) -> None:
+    """List the profiles."""
+    from llmpack.cli.listing import devices
+    from llmpack.cli.show import show_table
+
+    rows = devices()
+    session.answer(rows, lambda: show_table(rows))
+
+
+@device_app.command("show")
+@command
+def device_show(
+    session: Session,
+    name: Annotated[str, typer.Argument(help="A name, a profile's FILE.toml, or `host`.", show_default=False)],
+) -> None:
+    """Show every figure of a device, with where it is from; an unknown one is named as unknown."""
+    from llmpack.cli.show import show_device
+    from llmpack.target.device import device as find
+
+    found = find(name)
+    session.answer(found.model_dump(mode="json"), lambda: show_device(found))
+
+
+@device_app.command("probe")
+@command
+def device_probe(
+    session: Session,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.toml", help="Write a profile.")] = None,
+    description: Annotated[str, typer.Option("--description", help="What to call this machine.")] = "",
+) -> None:
+    """Measure this machine and write a profile of it; without --out it is printed."""
+    from llmpack.cli.probing import probed
+
+    found, text = probed(out, description)
+    session.answer(found.model_dump(mode="json"), lambda: print(text, end=""))
 
 
 def _version(asked: bool) -> None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from llmpack.units import format_size
 
 if TYPE_CHECKING:
+    from llmpack.pipeline.check import Checked
     from llmpack.pipeline.evaluate import Evaluated
     from llmpack.pipeline.inspection import Inspection
     from llmpack.pipeline.state import Build
     from llmpack.target.budget import Verdict
+    from llmpack.target.device import Device
 
 _NUMBER = re.compile(r"-?[\d,.]*( [kKMGT]?i?B)?")
 _COLOURS = {"PASS": "32", "FAIL": "31", "UNMEASURED": "33"}
@@ -76,7 +78,7 @@ def show_inspection(found: Inspection, tensors: bool) -> None:
 
 def verdict_lines(verdict: Verdict) -> list[str]:
     """A verdict as columns, with what would mend each row that is not kept."""
-    from llmpack.pipeline.contents import verdict_rows
+    from llmpack.target.verdict_table import verdict_rows
 
     head = ("limit", "wanted", "found", "status", "by")
     body = columns([head, *verdict_rows(verdict)])
@@ -98,6 +100,29 @@ def show_verdict(verdict: Verdict, title: str) -> None:
     print("\n".join(verdict_lines(verdict)))
 
 
+def show_checked(checked: Checked) -> None:
+    """A file judged."""
+    for verdict in checked.verdicts:
+        title = f"{checked.path} for {verdict.device} at {verdict.context} tokens of context, {checked.source}:"
+        show_verdict(verdict, title)
+    for note in dict.fromkeys(note for found in checked.estimates for note in found.assumptions):
+        print(f"note: {note}")
+
+
+def show_device(found: Device) -> None:
+    """A device with every figure, and what its instruction sets mean for models."""
+    from llmpack.cli.listing import device_rows
+    from llmpack.target.memory_model import repacked_rows
+
+    print(f"{found.name}: {found.description} ({found.arch}, {found.cpu})")
+    show_table(device_rows(found))
+    if found.instruction_sets is None:
+        print("\nwhich encodings llama.cpp has fast kernels for is unknown, as the instruction sets are")
+        return
+    names = ", ".join(sorted(repacked_rows(found.instruction_sets))) or "none"
+    print(f"\nrepacked for its fastest kernels (a mapped file then stands in memory twice): {names}")
+
+
 def show_plan(build: Build) -> None:
     """What a build would do and make."""
     plan = build.plan
@@ -108,9 +133,11 @@ def show_plan(build: Build) -> None:
         {"step": step.step.use, "makes": ", ".join(_encodings(step.graph)), "state": step.state} for step in plan.steps
     ]
     show_table(rows)
-    print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
-    terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in plan.estimate.terms]
-    show_table([*terms, {"part": "in all", "size": format_size(plan.estimate.memory.value), "why": ""}])
+    memory = plan.estimate.memory
+    if memory:
+        print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
+        terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in memory.terms]
+        show_table([*terms, {"part": "in all", "size": format_size(memory.total.value), "why": ""}])
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
     for note in plan.estimate.assumptions:

@@ -41,6 +41,15 @@ _LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^\n]+)")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
+BLOCK = 4096
+"""Disks give space in blocks; nearly all file systems use this size."""
+
+
+def disk_usage(sizes: Iterable[int]) -> int:
+    """Bytes of disk that files of these sizes take, in whole blocks."""
+    return sum(-(-size // BLOCK) * BLOCK for size in sizes)
+
+
 def name_problem(name: str) -> str | None:
     """Why a file must not have that name in a bundle, or None: names must be plain on every system."""
     if not _NAME.fullmatch(name) or name.endswith("."):

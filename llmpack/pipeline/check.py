@@ -1,7 +1,7 @@
-"""`llmpack check`: judge a finished bundle again, against its budget, another one, or another device.
+"""`llmpack check`: judge a bundle or any GGUF file against a budget, for this machine or for other devices.
 
-What was found when the bundle was made counts as long as file, machine, settings and context are the same;
-only what these do not cover is measured again, and only where the device is this machine.
+What was found when a bundle was made counts as long as file, machine, settings and context are the same; only what
+that does not cover is measured, and only where the device is this machine. No recipe is needed.
 """
 
 from __future__ import annotations
@@ -11,39 +11,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmpack.errors import RecipeError
+from llmpack.errors import Problem, RecipeError, UsageError
 from llmpack.pipeline.cache import Cache
-from llmpack.pipeline.evidence import MEASURED_LIMITS, measurement, needs_measuring
-from llmpack.pipeline.keys import installed
-from llmpack.pipeline.packed import Packed
-from llmpack.target.budget import Evidence, Finding, Verdict, judge
+from llmpack.pipeline.packed import Packed, given
+from llmpack.pipeline.terms import Terms, placed, read_terms
+from llmpack.pipeline.toml_positions import TomlDocument
+from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, judge
 from llmpack.target.cure import cures
-from llmpack.target.device import HOST, Device, device
-from llmpack.target.estimate import estimate
-from llmpack.target.measure import STANDARD, Protocol
+from llmpack.target.device import Device, device
+from llmpack.target.estimate import Estimate, estimate
+from llmpack.target.probe import is_this_machine
+from llmpack.target.protocol import MEMORY_ALONE, STANDARD, Protocol
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A verdict given again.
+    """Verdicts, one for each device.
 
-    measured  whether something had to be measured for it
+    measured     whether something had to be measured for them
+    header_only  whether the header alone was read
     """
 
     path: Path
-    verdict: Verdict
+    verdicts: tuple[Verdict, ...]
+    estimates: tuple[Estimate, ...]
     measured: bool
+    header_only: bool
 
     @property
     def passed(self) -> bool:
-        """True only if every declared limit is kept."""
-        return self.verdict.passes
+        """True only if every declared limit is kept on every device."""
+        return all(verdict.passes for verdict in self.verdicts)
 
     @property
-    def title(self) -> str:
-        """One line above the verdict."""
-        how = "measured now" if self.measured else "from the evidence at hand"
-        return f"{self.path} for {self.verdict.device} at {self.verdict.context} tokens of context, {how}:"
+    def source(self) -> str:
+        """Where the figures are from, in words."""
+        if self.header_only:
+            return "from its header alone"
+        return "measured now" if self.measured else "from the evidence at hand"
 
     def document(self) -> dict[str, Any]:
         """As JSON values."""
@@ -51,68 +56,126 @@ class Checked:
             "path": str(self.path),
             "passes": self.passed,
             "measured": self.measured,
-            "verdict": self.verdict.to_json(),
+            "verdicts": [{**v.to_json(), "passes": v.passes} for v in self.verdicts],
+            "estimates": [found.to_json() for found in self.estimates],
         }
 
 
-def check_bundle(
-    path: Path,
-    cache: Cache,
-    *,
-    limits: Sequence[str] = (),
-    device_name: str | None = None,
-    accept: str | None = None,
-    protocol: Protocol = STANDARD,
-) -> Checked:
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a file.
+
+    budgets        budget files and limits such as ``memory=350 MiB``, each going before the one before it
+    changes        ``path=value`` changes of the other terms
+    devices        names or files of profiles; empty for the one of the terms
+    accept         "estimate" lets computed figures pass; None for what the terms say
+    estimate_only  read the header and nothing else; measure nothing
+    """
+
+    budgets: Sequence[str] = ()
+    changes: Sequence[str] = ()
+    devices: Sequence[str] = ()
+    accept: str | None = None
+    estimate_only: bool = False
+    protocol: Protocol = STANDARD
+
+
+def check(path: Path, cache: Cache, question: Question) -> Checked:
     """Judge a bundle or a GGUF file.
 
-    limits       changes of the budget, such as ``memory=300MiB``
-    device_name  another device than the recipe's; "host" is this machine
-
-    Raises RecipeError for limits that cannot be, VerificationFailed for a changed bundle, RuntimeFailed.
+    Raises UsageError where no limit is declared, RecipeError for limits that cannot be, VerificationFailed for a
+    changed bundle, EnvironmentProblem for a device file that promises more than this machine has, RuntimeFailed.
     """
-    changes = [f"budget.{limit}" for limit in limits]
-    changes += [f"target.device={device_name}"] if device_name else []
-    changes += [f"target.accept={accept}"] if accept else []
-    packed = Packed.open(path, changes, cache)
-    recipe = packed.recipe
-    chosen = device(recipe.target.device)
-    problems = recipe.budget.problems(chosen, packed.graph.config.get("max_position_embeddings"))
+    packed = Packed.open(path, cache, contents=not question.estimate_only)
+    accept = [f"target.accept={question.accept}"] if question.accept else []
+    changes = (*question.changes, *accept)
+    terms, document = read_terms(given(packed.options), "the bundle's recipe", question.budgets, changes)
+    if not terms.budget.limits:
+        text = 'no limit is declared, so there is nothing to judge; give one like --budget memory="350 MiB"'
+        raise UsageError(f"{path}: {text}")
+    devices = _devices(question.devices or (terms.target.device,), terms, packed, document)
+    judged = [_judged(packed, terms, chosen, cache, question) for chosen in devices]
+    verdicts, estimates, measured = zip(*judged, strict=True)
+    return Checked(path, verdicts, estimates, any(measured), question.estimate_only)
+
+
+def _devices(names: Sequence[str], terms: Terms, packed: Packed, document: TomlDocument) -> list[Device]:
+    """The devices of these names. Raises RecipeError with everything that is wrong about them and the budget."""
+    found: list[Device] = []
+    problems: list[Problem] = []
+    for name in dict.fromkeys(names):
+        try:
+            found.append(device(name))
+        except RecipeError as error:
+            problems += error.problems
+        else:
+            wrong = terms.budget.problems(found[-1], packed.outline.context)
+            problems += [placed(problem, document) for problem in wrong]
     if problems:
-        raise RecipeError(problems)
-    findings = [finding for finding in packed.findings if _still_holds(finding, packed, chosen)]
+        raise RecipeError(list(dict.fromkeys(problems)))
+    return found
+
+
+def _judged(
+    packed: Packed, terms: Terms, chosen: Device, cache: Cache, question: Question
+) -> tuple[Verdict, Estimate, bool]:
+    """The verdict for one device, the estimate, and whether something was measured."""
+    context = terms.budget.context
+    findings = [finding for finding in packed.findings if _still_holds(finding, packed, terms, chosen)]
     known = {finding.limit for finding in findings if finding.usable}
-    asked = MEASURED_LIMITS & recipe.budget.limits.keys()
+    wanted = MEASURED_LIMITS & terms.budget.limits.keys()
     measured = False
-    if recipe.target.device == HOST and needs_measuring(recipe.budget) and not asked <= known:
-        found = measurement(packed.subject, chosen, recipe.budget.context, cache, protocol=protocol)
-        findings += found.findings
+    if not question.estimate_only and not wanted <= known and is_this_machine(chosen):
+        from llmpack.pipeline.evidence import measurement
+
+        subject = packed.subject(terms.runtime)
+        protocol = MEMORY_ALONE if wanted == {"memory"} else question.protocol
+        found = measurement(subject, chosen, context, cache, protocol=protocol).findings
+        findings += [finding for finding in found if finding.limit in wanted]
         measured = True
     findings.append(_disk(packed, chosen))
-    guess = estimate(packed.graph, recipe.runtime, chosen, recipe.budget.context)
+    guess = estimate(packed.outline, terms.runtime, chosen, context)
     verdict = judge(
-        recipe.budget,
+        terms.budget,
         (*guess.findings(packed.sha256), *findings),
         chosen,
-        accept=recipe.target.accept,
-        cure=cures(packed.graph, recipe.runtime, chosen, recipe.budget.context),
-        missing=guess.missing,
+        accept=terms.target.accept,
+        cure=cures(packed.outline, terms.runtime, chosen, context),
+        missing={**guess.missing, **_no_quality(packed, question)},
     )
-    return Checked(path, verdict, measured)
+    return verdict, guess, measured
 
 
-def _still_holds(finding: Finding, packed: Packed, chosen: Device) -> bool:
+def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device) -> bool:
     """Whether a figure that was found when the bundle was made says something about this question."""
     if finding.limit == "disk":
         return False  # looked at again, since that costs nothing
+    then, now = finding.evidence.settings, terms.runtime.model_dump(mode="json")
+    same = ["kv", "flash_attention", "batch", "ubatch"]
     if finding.limit not in MEASURED_LIMITS:
-        return True
-    same_context = finding.evidence.settings.get("context") == packed.recipe.budget.context
-    if not same_context or finding.evidence.device != chosen.fingerprint:
+        return all(then.get(name) == now[name] for name in same)
+    if now["threads"] is not None:
+        same.append("threads")
+    if any(then.get(name) != now[name] for name in (*same, "load")):
         return False
+    if then.get("context") != terms.budget.context or finding.evidence.device != chosen.fingerprint:
+        return False
+    from llmpack.pipeline.keys import installed
+
     runtime = installed("llama-cpp-python")
     made_with = packed.manifest.made["versions"].get("llama-cpp-python") if packed.manifest else None
-    return packed.recipe.target.device != HOST or runtime is None or runtime == made_with
+    return not is_this_machine(chosen) or runtime is None or runtime == made_with
+
+
+def _no_quality(packed: Packed, question: Question) -> dict[str, str]:
+    """Why there may be no figures of quality."""
+    if packed.manifest is None:
+        text = "a file alone does not tell which model it was made from; check the bundle's folder"
+    elif question.estimate_only:
+        text = "only the header was read"
+    else:
+        text = "this bundle was not compared with its source under these settings"
+    return dict.fromkeys(("quality.kl", "quality.kl_p99", "quality.top1", "quality.ppl_ratio"), text)
 
 
 def _disk(packed: Packed, chosen: Device) -> Finding:

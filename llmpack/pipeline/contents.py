@@ -6,15 +6,13 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from llmpack.formats.bundle import CARD, LOCK, MANIFEST, RECIPE
+from llmpack.formats.bundle import CARD, LOCK, MANIFEST, RECIPE, disk_usage
 from llmpack.formats.card import Card
 from llmpack.pipeline.manifest import Manifest, Observed, lock, made
 from llmpack.pipeline.plan import totals
 from llmpack.pipeline.state import Build
-from llmpack.target.budget import AT_LEAST, Verdict, format_figure
-
-BLOCK = 4096
-"""Disks give space in blocks; nearly all file systems use this size."""
+from llmpack.target.budget import format_figure
+from llmpack.target.verdict_table import verdict_rows
 
 
 def small_files(build: Build, observed: Observed) -> dict[str, bytes]:
@@ -25,11 +23,6 @@ def small_files(build: Build, observed: Observed) -> dict[str, bytes]:
         RECIPE: build.document.text.encode(),
         LOCK: (json.dumps(lock(build), indent=1, ensure_ascii=False) + "\n").encode(),
     }
-
-
-def disk_usage(sizes: Iterable[int]) -> int:
-    """Bytes of disk that files of these sizes take, in whole blocks."""
-    return sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
 def sums_size(names: Iterable[str]) -> int:
@@ -63,17 +56,3 @@ def _card(build: Build, observed: Observed) -> Card:
         verdict=verdict_rows(observed.verdict),
         notes=observed.notes,
     )
-
-
-def verdict_rows(verdict: Verdict) -> list[tuple[str, str, str, str, str]]:
-    """Limit, wanted, found, status and evidence of each row, for tables."""
-    return [
-        (
-            row.limit,
-            f"{'>=' if row.limit in AT_LEAST else '<='} {format_figure(row.limit, row.bound)}",
-            "unknown" if row.value is None else format_figure(row.limit, row.value),
-            row.status,
-            row.evidence.kind if row.evidence else row.reason,
-        )
-        for row in verdict.rows
-    ]

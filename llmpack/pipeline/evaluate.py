@@ -13,7 +13,7 @@ from llmpack.pipeline.corpora import Text
 from llmpack.pipeline.evidence import Original, quality
 from llmpack.pipeline.origin import open_origin
 from llmpack.pipeline.packed import Packed
-from llmpack.pipeline.recipe import EvaluationSection
+from llmpack.pipeline.recipe import EvaluationSection, Recipe
 from llmpack.target.device import HOST, device
 
 if TYPE_CHECKING:
@@ -43,27 +43,26 @@ def evaluate_bundle(
 
     Raises VerificationFailed if the source is no longer the one that the bundle was made from.
     """
-    packed = Packed.open(path, (), cache)
-    if packed.manifest is None:
-        raise UsageError(f"{path}: only a bundle knows which model it was made from; give its folder")
-    section = _section(packed, text, tokens)
-    origin = open_origin(packed.recipe, packed.document, cache, offline=offline)
+    packed = Packed.open(path, cache)
+    recipe, document = packed.recipe()
+    section = _section(recipe, text, tokens)
+    origin = open_origin(recipe, document, cache, offline=offline)
     source = origin.digest(cache)
-    if source != packed.manifest.made["source"]["digest"]:
-        message = f"the source {packed.recipe.source.model} is no longer the model that this bundle was made from"
+    if packed.manifest is not None and source != packed.manifest.made["source"]["digest"]:
+        message = f"the source {recipe.source.model} is no longer the model that this bundle was made from"
         raise VerificationFailed([Problem(message, where=str(path))])
-    words = Text("evaluation", section, packed.document, origin.checkpoint)
+    words = Text("evaluation", section, document, origin.checkpoint)
     digest = words.known_digest(cache) or words.build(cache).digest
 
     def cut() -> Tensor:
         return words.build(cache).tokens
 
     original = Original(origin.checkpoint, origin.graph, source, digest, cut)
-    return Evaluated(path, section.text, quality(packed.subject, original, device(HOST), cache).report)
+    return Evaluated(path, section.text, quality(packed.subject(recipe.runtime), original, device(HOST), cache).report)
 
 
-def _section(packed: Packed, text: Sequence[str], tokens: int | None) -> EvaluationSection:
-    own = packed.recipe.evaluation
+def _section(recipe: Recipe, text: Sequence[str], tokens: int | None) -> EvaluationSection:
+    own = recipe.evaluation
     if own is None and not text:
         raise UsageError("the recipe of this bundle has no [evaluation]; name text with --text")
     changes: dict[str, Any] = {"text": tuple(text)} if text else {}

@@ -15,9 +15,10 @@ from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.keys import installed
 from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.settings import RuntimeSettings
-from llmpack.target.budget import Budget, Evidence, Finding
+from llmpack.target.budget import MEASURED_LIMITS, Budget, Evidence, Finding
 from llmpack.target.device import Device
-from llmpack.target.measure import STANDARD, Protocol, measure
+from llmpack.target.measure import measure
+from llmpack.target.protocol import STANDARD, Protocol
 from llmpack.target.quality import (
     REFERENCE_VERSION,
     Reference,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 EVIDENCE = "evidence"
 REFERENCE = "reference"
-MEASURED_LIMITS = frozenset({"memory", "decode", "prefill", "first_token", "load"})
-"""Limits that only a run on the device can answer."""
 
 
 @dataclass(frozen=True)

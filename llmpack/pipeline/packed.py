@@ -1,99 +1,121 @@
-"""A finished model file as `check` and `eval` take it up again: a bundle with its manifest, or a GGUF file alone."""
+"""A finished model file as `check` and `eval` take it up again: a bundle with its manifest, or a GGUF file alone.
+
+Modules that only bundles or measuring need are imported where they are needed: a check of a header takes half a second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpack.checkpoint.gguf_file import GgufFile
-from llmpack.errors import Problem, VerificationFailed
-from llmpack.formats.bundle import MANIFEST, Bundle
-from llmpack.models import family_of
-from llmpack.models.from_gguf import gguf_graph
-from llmpack.models.graph import ModelGraph
+from llmpack.errors import Problem, UsageError, VerificationFailed
+from llmpack.formats.bundle import MANIFEST, Bundle, disk_usage
 from llmpack.pipeline.cache import Cache
-from llmpack.pipeline.contents import disk_usage
-from llmpack.pipeline.evidence import Subject
-from llmpack.pipeline.manifest import Manifest
-from llmpack.pipeline.origin import file_digest
-from llmpack.pipeline.recipe import Recipe, validate
 from llmpack.pipeline.toml_positions import TomlDocument
+from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Finding
+from llmpack.target.outline import Outline
 
-_NO_SOURCE: dict[str, Any] = {"schema": 1, "name": "model", "source": {"model": "unknown"}}
+if TYPE_CHECKING:
+    from llmpack.pipeline.evidence import Subject
+    from llmpack.pipeline.manifest import Manifest
+    from llmpack.pipeline.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A model file, the recipe that it was made with, and what was found out about it.
+    """A model file and what was found out about it.
 
-    sha256    of the model file as it is now
-    recipe    with changes of the command line; of a bare file, defaults and those changes
+    path      as it was given
+    gguf      the model file
+    sha256    of the model file as it is now; empty if its contents were not looked at
     manifest  None for a bare file
     disk      bytes of disk that all files take, in whole blocks
     """
 
     path: Path
-    model: Path
+    gguf: GgufFile
     sha256: str
-    recipe: Recipe
-    document: TomlDocument
     manifest: Manifest | None
     disk: int
 
     @classmethod
-    def open(cls, path: Path, changes: Sequence[str], cache: Cache) -> Packed:
-        """Open a bundle's folder or a GGUF file; `changes` are ``path=value`` of the recipe.
+    def open(cls, path: Path, cache: Cache, *, contents: bool = True) -> Packed:
+        """Open a bundle's folder or a GGUF file.
+
+        contents  read the whole file for its digest; without it the header alone is read, and nothing that was
+                  found about the bundle earlier is believed
 
         Raises VerificationFailed for a bundle whose model file is another one than its manifest describes,
-        InputRejected for a damaged file, RecipeError for wrong changes.
+        InputRejected for a damaged file, UsageError for something else.
         """
         if path.is_file():
             gguf = GgufFile.open(path)
-            recipe, document = _recipe(_NO_SOURCE, changes, str(path))
-            digest = file_digest(gguf, cache)
-            return cls(path, path, digest, recipe, document, None, disk_usage([gguf.size]))
+            return cls(path, gguf, _digest(gguf, cache) if contents else "", None, disk_usage([gguf.size]))
+        if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
+            raise UsageError(f"{path}: a checkpoint folder; what is judged is a GGUF file or a bundle made from it")
+        from llmpack.pipeline.manifest import Manifest
+
         bundle = Bundle.open(path, contents=False)
         manifest = Manifest.read(bundle.manifest, str(path / MANIFEST))
-        recipe, document = _recipe(manifest.made["recipe"], changes, "recipe.toml")
-        digest = file_digest(GgufFile.open(bundle.model), cache)
-        if digest != manifest.made["artifact"]["sha256"]:
-            message = f"{bundle.model.name} is not the file that the manifest describes (sha256 {digest})"
+        gguf = GgufFile.open(bundle.model)
+        recorded = manifest.made["artifact"]
+        digest = _digest(gguf, cache) if contents else ""
+        if digest != recorded["sha256"] if contents else gguf.size != recorded["bytes"]:
+            found = f"sha256 {digest}" if contents else f"{gguf.size} bytes"
+            message = f"{bundle.model.name} is not the file that the manifest describes ({found})"
             raise VerificationFailed([Problem(message, where=str(path))])
         sizes = [file.stat().st_size for file in path.iterdir()]
-        return cls(path, bundle.model, digest, recipe, document, manifest, disk_usage(sizes))
+        return cls(path, gguf, digest, manifest, disk_usage(sizes))
+
+    def subject(self, settings: RuntimeSettings) -> Subject:
+        """The model file and how it is run."""
+        from llmpack.pipeline.evidence import Subject
+
+        return Subject(self.gguf.path, self.sha256, settings)
 
     @property
-    def subject(self) -> Subject:
-        """The model file and how it is run."""
-        return Subject(self.model, self.sha256, self.recipe.runtime)
+    def options(self) -> Mapping[str, Any]:
+        """The recipe that it was made with, as JSON values; empty for a bare file."""
+        return self.manifest.made["recipe"] if self.manifest else {}
+
+    def recipe(self) -> tuple[Recipe, TomlDocument]:
+        """The recipe of a bundle. Raises UsageError for a bare file."""
+        from llmpack.pipeline.recipe import validate
+
+        if self.manifest is None:
+            raise UsageError(f"{self.path}: only a bundle knows which model it was made from; give its folder")
+        document = TomlDocument("recipe.toml", given(self.options))
+        return validate(document), document
 
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What was found out when the bundle was made, about this very file."""
-        known = self.manifest.observed.findings if self.manifest else ()
+        known = self.manifest.observed.findings if self.manifest and self.sha256 else ()
         return tuple(finding for finding in known if finding.evidence.artifact == self.sha256)
 
     @cached_property
-    def graph(self) -> ModelGraph:
-        """The tensors of the file with their encodings. Raises InputRejected."""
-        gguf = GgufFile.open(self.model)
-        plain = gguf_graph(gguf)
-        encodings = {spec.name: gguf.tensors[str(spec.gguf_name)].encoding for spec in plain.tensors}
-        return family_of(plain.config).graph(plain.config, encodings)
+    def outline(self) -> Outline:
+        """What its memory and speed follow from. Raises InputRejected."""
+        return Outline.of_gguf(self.gguf)
 
 
-def _recipe(options: Mapping[str, Any], changes: Sequence[str], where: str) -> tuple[Recipe, TomlDocument]:
-    values = {key: value for key, value in _without_nulls(options).items() if value != {}}
-    document = TomlDocument(where, values).with_overrides(changes)
-    return validate(document), document
+def _digest(gguf: GgufFile, cache: Cache) -> str:
+    from llmpack.pipeline.origin import file_digest
+
+    return file_digest(gguf, cache)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a file would have them: TOML has no null, so what was left out is left out again."""
+    return {key: value for key, value in _without_nulls(options).items() if value != {}}
 
 
 def _without_nulls(value: Any) -> Any:
-    """TOML has no null: what was left out is left out again."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):

@@ -29,6 +29,7 @@ from llmpack.target.budget import Verdict, judge
 from llmpack.target.cure import cures
 from llmpack.target.device import HOST, Device, device
 from llmpack.target.estimate import Estimate, estimate
+from llmpack.target.outline import Outline
 from llmpack.units import format_size
 
 STEP = "step"
@@ -138,13 +139,14 @@ def make_plan(
     facts = bundle_facts(origin, recipe)
     nbytes = file_format.nbytes(graph, origin.checkpoint, facts)
     disk = nbytes + SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
-    guess = estimate(graph, recipe.runtime, chosen, recipe.budget.context, disk=disk)
+    outline = Outline.of_graph(graph)
+    guess = estimate(outline, recipe.runtime, chosen, recipe.budget.context, disk=disk)
     verdict = judge(
         recipe.budget,
         guess.findings(),
         chosen,
         accept=recipe.target.accept,
-        cure=cures(graph, recipe.runtime, chosen, recipe.budget.context),
+        cure=cures(outline, recipe.runtime, chosen, recipe.budget.context),
         missing=guess.missing,
     )
     threads = recipe.build.threads or usable_cores()

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError
 
 from llmpack.errors import Problem, RecipeError
 from llmpack.pipeline.recipe_errors import problems_of
+from llmpack.pipeline.sections import Section, TargetSection, Text
 from llmpack.pipeline.toml_positions import TomlDocument, read_toml
 from llmpack.registry import suggestion
 from llmpack.runtime.settings import RuntimeSettings
@@ -23,16 +24,7 @@ from llmpack.steps.step import Step
 from llmpack.target.budget import Budget
 from llmpack.target.quantities import Size
 
-Text = Annotated[str, Field(min_length=1, max_length=4096)]
 FloatName = Literal["f32", "f16", "bf16"]
-
-
-class Section(BaseModel):
-    """A table of the recipe: unknown keys are errors, types are exact, nothing changes after reading."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class SourceSection(Section):
@@ -80,15 +72,6 @@ class BundleSection(Section):
     """Format of the model file."""
     float: FloatName = "f16"
     """Type of the matrices that no step quantized (vectors are always f32)."""
-
-
-class TargetSection(Section):
-    """`[target]`: the device that the bundle is for."""
-
-    device: Text = "host"
-    """A name of `llmpack list devices`, or `host`: this machine as it is found."""
-    accept: Literal["measurement", "estimate"] = "measurement"
-    """`estimate` lets a bundle pass on computed figures, for a device that is not at hand; the manifest says so."""
 
 
 class BuildSection(Section):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmpack.pipeline.recipe import Recipe
     from llmpack.pipeline.toml_positions import TomlDocument
     from llmpack.target.budget import Finding, Verdict
-    from llmpack.target.measure import Protocol
+    from llmpack.target.protocol import Protocol
 
 
 class _Later:

@@ -29,6 +29,8 @@ AT_LEAST: frozenset[str] = frozenset({"decode", "prefill", "quality.top1"})
 """Limits that the value must reach; all others it must not exceed."""
 ANYWHERE: frozenset[str] = frozenset({"disk", "quality.kl", "quality.kl_p99", "quality.top1", "quality.ppl_ratio"})
 """Limits whose value does not depend on the machine that measured it."""
+MEASURED_LIMITS: frozenset[str] = frozenset({"memory", "decode", "prefill", "first_token", "load"})
+"""Limits that only a run on the device can answer."""
 DEFAULT_CONTEXT = 2048
 
 
@@ -155,7 +157,7 @@ class Row(_Frozen):
         """One line: ``memory 212.4 MiB of at most 350 MiB: PASS, 39.3 % left``."""
         word = "at least" if self.limit in AT_LEAST else "at most"
         value = "unknown" if self.value is None else format_figure(self.limit, self.value)
-        left = "" if self.margin is None else f", {self.margin:.3g} % {'left' if self.margin >= 0 else 'over'}"
+        left = "" if self.margin is None else f", {abs(self.margin):.3g} % {'left' if self.margin >= 0 else 'short'}"
         why = f" ({self.reason})" if self.reason else ""
         cure = f"; {self.cure}" if self.cure else ""
         return f"{self.limit} {value} of {word} {format_figure(self.limit, self.bound)}: {self.status}{left}{why}{cure}"

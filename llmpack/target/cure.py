@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llmpack.encodings import ENCODINGS
-from llmpack.models.graph import ModelGraph
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import LimitName
 from llmpack.target.device import Device
-from llmpack.target.estimate import Interval, effective_load, estimate, touched_bytes
+from llmpack.target.estimate import estimate, touched_bytes
+from llmpack.target.memory_model import Interval, effective_load, memory
+from llmpack.target.outline import Outline, Stored
 from llmpack.units import format_rate, format_size
 
 LADDER = ("f32", "f16", "q8_0", "q6_k", "q5_1", "q5_k", "iq4_nl", "q3_k")
@@ -40,9 +41,9 @@ class Change:
 
 
 def cures(
-    graph: ModelGraph, settings: RuntimeSettings, device: Device, context: int
+    outline: Outline, settings: RuntimeSettings, device: Device, context: int
 ) -> Callable[[LimitName, float], str]:
-    """The cures of a model on a device, for `target.budget.judge`; the graph is the file's.
+    """The cures of a model on a device, for `target.budget.judge`; the outline is the file's.
 
     Memory and disk are cured by settings and encodings, speed of writing by fewer bytes. For the other
     limits no change is known whose effect can be computed, and the text is empty.
@@ -50,7 +51,7 @@ def cures(
 
     def cure(limit: LimitName, needed: float) -> str:
         show = format_rate if limit == "decode" else format_size
-        found = [c for c in _changes(limit, graph, settings, device, context) if c.saving > 0]
+        found = [c for c in _changes(limit, outline, settings, device, context) if c.saving > 0]
         if not found:
             return ""
         enough = [c for c in found if c.saving >= needed]
@@ -66,26 +67,33 @@ def cures(
 
 
 def _changes(
-    limit: LimitName, graph: ModelGraph, settings: RuntimeSettings, device: Device, context: int
+    limit: LimitName, outline: Outline, settings: RuntimeSettings, device: Device, context: int
 ) -> Iterator[Change]:
     if limit == "memory":
-        now = estimate(graph, settings, device, context).memory.value
-        for rank, words, changed in _settings(settings):
-            yield Change(rank, words, now - estimate(graph, changed, device, context).memory.value)
-        for rank, words, lighter in _encodings(graph):
-            yield Change(rank, words, now - estimate(lighter, settings, device, context).memory.value)
+        if outline.unmodelled:
+            return
+        sets = device.instruction_sets or frozenset()
+
+        def total(changed: Outline, options: RuntimeSettings) -> float:
+            return memory(changed, options, sets, context).total.value
+
+        now = total(outline, settings)
+        for rank, words, options in _settings(settings):
+            yield Change(rank, words, now - total(outline, options))
+        for rank, words, lighter in _encodings(outline):
+            yield Change(rank, words, now - total(lighter, settings))
     elif limit == "disk":
-        for rank, words, lighter in _encodings(graph):
-            yield Change(rank, words, graph.nbytes - lighter.nbytes)
+        for rank, words, lighter in _encodings(outline):
+            yield Change(rank, words, outline.nbytes - lighter.nbytes)
     elif limit == "decode":
-        before = estimate(graph, settings, device, context).decode
+        before = estimate(outline, settings, device, context).decode
         if before is None:
             return
-        for rank, words, lighter in _encodings(graph):
-            if touched_bytes(lighter) < touched_bytes(graph):
+        for rank, words, lighter in _encodings(outline):
+            if touched_bytes(lighter) < touched_bytes(outline):
                 yield Change(rank, words, _gain(before, estimate(lighter, settings, device, context).decode))
         for rank, words, changed in _settings(settings):
-            yield Change(rank, words, _gain(before, estimate(graph, changed, device, context).decode))
+            yield Change(rank, words, _gain(before, estimate(outline, changed, device, context).decode))
 
 
 def _gain(before: Interval, after: Interval | None) -> float:
@@ -102,21 +110,22 @@ def _settings(settings: RuntimeSettings) -> Iterator[tuple[int, str, RuntimeSett
         yield 2, 'kv = "q8_0"', settings.model_copy(update={"kv": "q8_0"})
 
 
-def _encodings(graph: ModelGraph) -> Iterator[tuple[int, str, ModelGraph]]:
-    """The graph with the matrices of one part one encoding coarser, where their rows allow it."""
-    for part in graph.parts:
-        chosen = [s for s in graph.tensors if s.part == part and (s.is_linear or part in ENCODABLE)]
-        for encoding in dict.fromkeys(spec.encoding for spec in chosen):
-            names = frozenset(spec.name for spec in chosen if spec.encoding == encoding)
-            coarser = _coarser(encoding, {graph[name].shape[-1] for name in names})
+def _encodings(outline: Outline) -> Iterator[tuple[int, str, Outline]]:
+    """The model with the matrices of one part one encoding coarser, where their rows allow it."""
+    for part in outline.parts:
+        chosen = [t for t in outline.tensors if t.part == part and (t.is_linear or part in ENCODABLE)]
+        for encoding in dict.fromkeys(tensor.encoding for tensor in chosen):
+            alike = [tensor for tensor in chosen if tensor.encoding == encoding]
+            coarser = _coarser(alike)
             if coarser is not None:
                 rank = 3 + LADDER.index(coarser)  # the coarser the result, the more it costs
-                yield rank, f"{part} {encoding} -> {coarser}", _encoded(graph, names, coarser)
+                yield rank, f"{part} {encoding} -> {coarser}", _encoded(outline, alike, coarser)
 
 
-def _coarser(encoding: str, columns: set[int]) -> str | None:
-    """The next encoding on the ladder that holds rows of all these lengths."""
-    bits = ENCODINGS.load(encoding)().bits_per_weight
+def _coarser(alike: list[Stored]) -> str | None:
+    """The next encoding on the ladder that holds rows of all these tensors, which have one encoding."""
+    bits = 8 * alike[0].nbytes / alike[0].parameters
+    columns = {tensor.shape[-1] for tensor in alike}
     for name in LADDER:
         if name not in ENCODINGS:
             continue
@@ -126,5 +135,6 @@ def _coarser(encoding: str, columns: set[int]) -> str | None:
     return None
 
 
-def _encoded(graph: ModelGraph, names: frozenset[str], encoding: str) -> ModelGraph:
-    return graph.with_encodings(lambda spec: encoding if spec.name in names else spec.encoding)
+def _encoded(outline: Outline, alike: list[Stored], encoding: str) -> Outline:
+    names = {tensor.name for tensor in alike}
+    return outline.with_encodings(lambda tensor: encoding if tensor.name in names else tensor.encoding)

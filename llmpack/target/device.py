@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import tomllib
 from importlib.resources import files
-from typing import Generic, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from llmpack.digest import sha256_value
 from llmpack.errors import Problem, RecipeError
 from llmpack.registry import suggestion
-from llmpack.target.quantities import Bandwidth, Flops, Size
+from llmpack.target.quantities import Bandwidth, Flops, Seconds, Size
 
 HOST = "host"
 INSTRUCTION_SETS = (
@@ -39,6 +41,20 @@ class Figure(_Strict, Generic[T]):
     """"measured" on such a machine, or read in its maker's papers."""
     source: str = Field(min_length=8)
     """Who measured it or which paper says it."""
+    date: str = Field(default="", pattern=r"^(\d{4}(-\d{2}(-\d{2})?)?)?$")
+    """Year, month or day of the source; empty for this machine as it is found now."""
+
+
+class Kernel(_Strict):
+    """How fast llmpack's runtime works with one encoding on a machine, all cores together.
+
+    For weights `decode` counts the bytes that a token reads; attention counts operations in both.
+    """
+
+    decode: Bandwidth | Flops
+    """When tokens are written one at a time."""
+    prefill: Flops
+    """When a prompt is read."""
 
 
 class Figures(_Strict):
@@ -56,6 +72,22 @@ class Figures(_Strict):
     """Share of `bandwidth` that decoding reaches in llama.cpp."""
     arithmetic: Figure[Flops] | None = None
     """Operations per second that prompt processing reaches in llama.cpp (2 per weight and token)."""
+    f32: Figure[Flops] | None = None
+    """Operations per second of a large matrix product in f32, all cores."""
+    int8: Figure[Flops] | None = None
+    """Operations per second of llama.cpp's products of 8-bit weights (q8_0), all cores."""
+    cache_l1d: Figure[Size] | None = None
+    """First-level data cache of one core."""
+    cache_l2: Figure[Size] | None = None
+    """Second-level cache of one core (or of the cores that share it)."""
+    cache_l3: Figure[Size] | None = None
+    """Third-level cache that one core sees."""
+    kernels: Figure[dict[str, Kernel]] | None = None
+    """Rates of llama.cpp by encoding of the weights, measured by `llmpack device probe --runtime`."""
+    attention: Figure[dict[str, Kernel]] | None = None
+    """The same of attention by type of the KV cache and width of a head: "f16@64"."""
+    block_overhead: Figure[Seconds] | None = None
+    """Seconds that each block costs a written token whatever its size: threads that wait for each other."""
 
     @field_validator("instruction_sets", mode="before")
     @classmethod
@@ -72,19 +104,30 @@ class Figures(_Strict):
                 raise ValueError(f"unknown instruction set {name!r}{suggestion(name, INSTRUCTION_SETS)}")
         return figure
 
-    @field_validator("cores")
+    @field_validator("*")
     @classmethod
-    def _some(cls, figure: Figure[int] | None) -> Figure[int] | None:
-        if figure and not 1 <= figure.value <= 4096:
-            raise ValueError(f"{figure.value} cores are impossible")
+    def _possible(cls, figure: Figure[Any] | None, info: ValidationInfo) -> Figure[Any] | None:
+        low, high = _POSSIBLE.get(info.field_name or "", (None, None))
+        if figure is not None and low is not None and high is not None and not low <= figure.value <= high:
+            raise ValueError(
+                f"{figure.value:g} is impossible for {info.field_name}; it lies between {low:g} and {high:g}"
+            )
         return figure
 
-    @field_validator("decode_efficiency")
-    @classmethod
-    def _share(cls, figure: Figure[float] | None) -> Figure[float] | None:
-        if figure and not 0 < figure.value <= 1:
-            raise ValueError(f"decode_efficiency is a share between 0 and 1, not {figure.value}")
-        return figure
+
+_POSSIBLE = {
+    "memory": (64 << 20, 64 << 40),
+    "bandwidth": (10**8, 10**13),
+    "arithmetic": (10**8, 10**16),
+    "f32": (10**8, 10**16),
+    "int8": (10**8, 10**16),
+    "cache_l1d": (1 << 10, 64 << 20),
+    "cache_l2": (16 << 10, 1 << 30),
+    "cache_l3": (16 << 10, 8 << 30),
+    "cores": (1, 4096),
+    "decode_efficiency": (0.001, 1),
+}
+"""What a figure may be at all: beyond that somebody mistook a unit."""
 
 
 class Device(_Strict):
@@ -143,11 +186,23 @@ def device_names() -> list[str]:
 
 
 def device(name: str) -> Device:
-    """The device of that name; "host" probes this machine. Raises RecipeError with a suggestion."""
+    """The device of that name, or of a profile's file (``name.toml``); "host" probes this machine.
+
+    Raises RecipeError with a suggestion, or with everything that is wrong in the file.
+    """
     if name == HOST:
         from llmpack.target.probe import probe_host
 
         return probe_host()
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            return read_device(path.stem, path.read_text("utf-8"), name)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise RecipeError(
+                [Problem(f"the profile {name} cannot be read: {reason}", path="target.device")]
+            ) from error
     names = device_names()
     if name not in names:
         hint = suggestion(name, [HOST, *names])
@@ -164,6 +219,15 @@ def read_device(name: str, text: str, where: str) -> Device:
     try:
         return Device.model_validate({**table, "name": name})
     except ValidationError as error:
-        raise RecipeError(
-            [Problem(e["msg"], path=".".join(str(part) for part in e["loc"]), where=where) for e in error.errors()]
-        ) from error
+        raise RecipeError([_problem(e, where) for e in error.errors()]) from error
+
+
+def _problem(detail: ErrorDetails, where: str) -> Problem:
+    """What pydantic found, in words, with the nearest spelling of an unknown key."""
+    path = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        name = str(detail["loc"][-1])
+        known = {1: Device.model_fields, 2: Figures.model_fields}.get(len(detail["loc"]), Figure.model_fields)
+        message = f"unknown key `{name}`{suggestion(name, list(known))}"
+    return Problem(message, path=path, where=where)

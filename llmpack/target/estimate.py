@@ -9,20 +9,16 @@ it can fail a budget, and passes one only where that is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmpack.models import family_of
-from llmpack.models.graph import ModelGraph
-from llmpack.models.tables import Sizes
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target import memory_model as model
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
+from llmpack.target.memory_model import Interval, MemoryEstimate
+from llmpack.target.outline import Outline
 
-MEMORY_ERROR = 0.05
-"""How wrong the estimate of memory may be, as a share; held by tests against the real runtime."""
 USUAL_EFFICIENCY = 0.60
 """Share of the nominal bandwidth that decoding reaches on small ARM boards and x86 with one or two channels."""
 MEASURED_EFFICIENCY = 0.80
@@ -32,36 +28,10 @@ SPEED_ERROR, ASSUMED_SPEED_ERROR = 0.20, 0.35
 
 
 @dataclass(frozen=True)
-class Term:
-    """One part of the memory, and why it has that size."""
-
-    name: str
-    nbytes: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and the ends of what it may be."""
-
-    low: float
-    value: float
-    high: float
-
-    @classmethod
-    def around(cls, value: float, share: float) -> Interval:
-        """`value`, wrong by at most `share` of it."""
-        return cls(value * (1 - share), value, value * (1 + share))
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a model will take and give on a device.
 
-    terms          the parts of `memory`
-    memory         resident bytes at the full context with the load mode of the settings, as `top` shows them
-    hard_memory    thereof bytes that cannot be taken back without slowing the model down
-    other_load     the other load mode, and the resident bytes with it
+    memory         peak resident bytes, term by term; None where the architecture is not modelled
     decode         tokens per second at the full context, None where the device does not say enough
     prefill        tokens per second over a prompt of the full context, None likewise
     first_token    seconds from such a prompt to the first token, None likewise
@@ -73,10 +43,7 @@ class Estimate:
     device: Device
     settings: RuntimeSettings
     context: int
-    terms: tuple[Term, ...]
-    memory: Interval
-    hard_memory: int
-    other_load: tuple[str, int]
+    memory: MemoryEstimate | None
     decode: Interval | None
     prefill: Interval | None
     first_token: Interval | None
@@ -98,7 +65,9 @@ class Estimate:
         def add(limit: LimitName, value: float, best: float, reason: str) -> None:
             found.append(Finding(limit=limit, value=value, best=best, evidence=evidence, reason=reason))
 
-        add("memory", self.memory.value, self.memory.low, "from shapes, settings and instruction sets")
+        if self.memory:
+            total = self.memory.total
+            add("memory", total.value, total.low, "from shapes, settings and instruction sets")
         if self.disk is not None:
             add("disk", self.disk, self.disk, "bytes that will be written")
         if self.decode:
@@ -113,7 +82,7 @@ class Estimate:
         """JSON values for the manifest and for `llmpack plan --json`."""
 
         def interval(value: Interval | None) -> dict[str, float] | None:
-            return None if value is None else {"low": value.low, "value": value.value, "high": value.high}
+            return None if value is None else value.to_json()
 
         return {
             "kind": "estimate",
@@ -121,10 +90,7 @@ class Estimate:
             "fingerprint": self.device.fingerprint,
             "settings": self.settings.model_dump(mode="json"),
             "context": self.context,
-            "memory": interval(self.memory),
-            "memory_terms": [{"name": t.name, "bytes": t.nbytes, "why": t.why} for t in self.terms],
-            "hard_memory": self.hard_memory,
-            "other_load": {"load": self.other_load[0], "memory": self.other_load[1]},
+            "memory": self.memory.to_json() if self.memory else None,
             "decode": interval(self.decode),
             "prefill": interval(self.prefill),
             "first_token": interval(self.first_token),
@@ -135,30 +101,32 @@ class Estimate:
 
 
 def estimate(
-    graph: ModelGraph, settings: RuntimeSettings, device: Device, context: int, *, disk: int | None = None
+    outline: Outline, settings: RuntimeSettings, device: Device, context: int, *, disk: int | None = None
 ) -> Estimate:
     """The estimate of a model in GGUF on a device. Reads no tensor data and needs no torch.
 
-    graph    as it stands in the file (vectors in f32, every matrix in the encoding that is written)
+    outline  of the file as it stands (vectors in f32, every matrix in the encoding that is written)
     context  tokens, as declared by the budget
     disk     exact bytes of the bundle, where they are known
     """
-    sizes = family_of(graph.config).sizes(graph.config)
     sets = device.instruction_sets
-    weights = model.weights(graph, sets or frozenset())
-    load = effective_load(settings)
-    terms = _terms(graph.config, settings, weights, load, context)
-    memory = sum(term.nbytes for term in terms)
-    other = "no-mmap" if load == "mmap" else "mmap"
     assumptions, missing = [], {}
-    if sets is None:
-        assumptions.append(f"the instruction sets of {device.name} are unknown: no repacked copies are counted")
-    decode, note = _decode(graph, settings, device, context)
+    memory = None
+    if outline.unmodelled:
+        missing["memory"] = outline.unmodelled
+    else:
+        memory = model.memory(outline, settings, sets or frozenset(), context)
+        if sets is None:
+            assumptions.append(f"the instruction sets of {device.name} are unknown: no repacked copies are counted")
+        if not outline.verified:
+            text = f"the memory of {outline.architecture} was never compared with llama.cpp"
+            assumptions.append(f"{text}; up to {model.UNVERIFIED_ERROR:.0%} off")
+    decode, note = _decode(outline, settings, device, context)
     if decode is None:
         missing["decode"] = note
     elif note:
         assumptions.append(note)
-    prefill = _prefill(graph, sizes, device, context)
+    prefill = _prefill(outline, device, context)
     if prefill is None:
         missing["prefill"] = missing["first_token"] = f"the arithmetic rate of {device.name} is unknown"
     missing["load"] = "the time to load is not estimated"
@@ -166,57 +134,24 @@ def estimate(
         device=device,
         settings=settings,
         context=context,
-        terms=terms,
-        memory=Interval.around(memory, MEMORY_ERROR),
-        hard_memory=memory - (weights.replaced if load == "mmap" else 0),
-        other_load=(other, memory - weights.resident(load) + weights.resident(other)),
+        memory=memory,
         decode=decode,
         prefill=prefill,
-        first_token=Interval(context / prefill.high, context / prefill.value, context / prefill.low)
-        if prefill
-        else None,
+        first_token=_first_token(prefill, context),
         disk=disk,
         missing=missing,
         assumptions=tuple(assumptions),
     )
 
 
-def effective_load(settings: RuntimeSettings) -> str:
-    """What "auto" comes to on a processor: llama.cpp maps the file."""
-    return "mmap" if settings.load == "auto" else settings.load
-
-
-def _terms(
-    config: Mapping[str, Any], settings: RuntimeSettings, weights: model.Weights, load: str, context: int
-) -> tuple[Term, ...]:
-    sizes = family_of(config).sizes(config)
-    mapped = load == "mmap"
-    kept = weights.stored - (0 if mapped else weights.replaced)
-    copied = "repacked for the processor's kernels" + (", beside the mapped originals" if mapped else "")
-    tokens = model.cache_tokens(config, settings, context)
-    seen = f"{max(tokens)}" if len({*tokens}) == 1 else f"{min(tokens)} to {max(tokens)}"
-    return (
-        Term("weights", kept, "pages of the mapped file" if mapped else "read into memory"),
-        *([Term("repacked weights", weights.repacked, copied)] if weights.repacked else []),
-        Term(
-            "KV cache",
-            model.cache_bytes(config, settings, context),
-            f"2 x {sizes.blocks} blocks x {sizes.kv_heads} heads x {sizes.head_dim} x {seen} tokens in {settings.kv}",
-        ),
-        Term(
-            "scratch", model.scratch_bytes(sizes, settings, context), f"activations of {settings.ubatch} tokens at once"
-        ),
-        Term("logits", 4 * sizes.vocab, f"{sizes.vocab} numbers in f32"),
-        Term("runtime", model.base_bytes(sizes), "interpreter, libraries, tokenizer"),
-    )
-
-
-def _decode(graph: ModelGraph, settings: RuntimeSettings, device: Device, context: int) -> tuple[Interval | None, str]:
+def _decode(outline: Outline, settings: RuntimeSettings, device: Device, context: int) -> tuple[Interval | None, str]:
     """Tokens per second, and what was assumed; or None and why."""
     bandwidth = device.figures.bandwidth
     if bandwidth is None:
         return None, f"the bandwidth of {device.name} is unknown"
-    touched = touched_bytes(graph) + model.cache_bytes(graph.config, settings, context)
+    if outline.unmodelled and not any(kept.numbers for kept in outline.kept):
+        return None, outline.unmodelled
+    touched = touched_bytes(outline) + model.cache_bytes(outline, settings, context)
     if device.figures.decode_efficiency:
         share, error, note = device.figures.decode_efficiency.value, SPEED_ERROR, ""
     else:
@@ -225,19 +160,19 @@ def _decode(graph: ModelGraph, settings: RuntimeSettings, device: Device, contex
     return Interval.around(share * bandwidth.value / touched, error), note
 
 
-def touched_bytes(graph: ModelGraph) -> int:
-    """Bytes of weights that one token reads: all, but only a row of an embedding that is not the head too."""
-    tied = not any(spec.part == "output" for spec in graph.tensors)
-    skipped = 0 if tied else sum(spec.nbytes for spec in graph.tensors if spec.part == "embedding")
-    return graph.nbytes - skipped
+def touched_bytes(outline: Outline) -> int:
+    """Bytes of weights that one token reads: all, but only a row of an embedding that is not the head too, and of
+    experts those that are asked."""
+    read = (t for t in outline.tensors if outline.tied or t.part != "embedding")
+    return int(sum(t.nbytes * t.share for t in read))
 
 
-def _prefill(graph: ModelGraph, sizes: Sizes, device: Device, context: int) -> Interval | None:
+def _prefill(outline: Outline, device: Device, context: int) -> Interval | None:
     arithmetic = device.figures.arithmetic
     if arithmetic is None:
         return None
-    weights = sum(spec.parameters for spec in graph.tensors if spec.is_linear)
-    attention = 2 * sizes.blocks * sizes.q_rows * context  # scores and values, half masked
+    weights = sum(t.parameters * t.share for t in outline.tensors if t.is_linear)
+    attention = 2 * outline.blocks * outline.head_rows * context  # scores and values, half masked
     return Interval.around(arithmetic.value / (2 * weights + attention), SPEED_ERROR)
 
 

@@ -33,6 +33,7 @@ from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
 from llmpack.target.page_cache import drop_from_cache
 from llmpack.target.probe import load_average, probe_host
+from llmpack.target.protocol import STANDARD, Protocol
 from llmpack.target.samples import Samples
 from llmpack.units import format_size
 
@@ -42,25 +43,6 @@ COLD_SHARE = 0.01
 """A start counts as cold if at most this share of the file was cached before."""
 WRITTEN_TOKENS = 32
 """Tokens written after each prompt; a quarter of very short contexts."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How long is measured.
-
-    repetitions    at least so many in a round
-    least_seconds  and at least so many seconds, so that short runs are repeated more often
-    most_seconds   no repetition beyond `repetitions` and no further round begins after so many
-    rounds         how often a noisy measurement is tried
-    """
-
-    repetitions: int = 5
-    least_seconds: float = 20.0
-    most_seconds: float = 300.0
-    rounds: int = 3
-
-
-STANDARD = Protocol()
 
 
 @dataclass(frozen=True)

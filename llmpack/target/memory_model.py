@@ -14,10 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmpack.models import family_of
-from llmpack.models.graph import ModelGraph, TensorSpec
-from llmpack.models.tables import Sizes
 from llmpack.runtime.settings import RuntimeSettings
+from llmpack.target.outline import Outline, Stored
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
 """Bytes of one number in the KV cache."""
@@ -30,12 +28,116 @@ _REPACKED_ON_AVX512 = {"q2_k": 8}
 _REPACKED_ON_DOTPROD = {"q4_0": 4, "q4_k": 8, "q5_k": 8, "q6_k": 8, "q8_0": 4, "iq4_nl": 4}
 _REPACKED_ON_RVV = {"q4_0": 16, "q4_k": 16, "q2_k": 16, "iq4_nl": 16, "q8_0": 16}  # with 256-bit vectors
 
+MEMORY_ERROR, UNVERIFIED_ERROR = 0.05, 0.10
+"""How wrong the estimate of memory may be, as a share: for architectures that tests hold to the real runtime, and for
+others."""
 _RUNTIME_BASE = 24 * MIB
 """Interpreter and libraries of the runtime's process, half of it pages of files."""
 _PER_TOKEN_OF_VOCABULARY = 300
 """Bytes that llama.cpp's tokenizer keeps for each token: texts, merges and their tables."""
 _PER_BLOCK = 45 << 10
 _SCRATCH_BASE = 1.4 * MIB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and the ends of what it may be."""
+
+    low: float
+    value: float
+    high: float
+
+    @classmethod
+    def around(cls, value: float, share: float) -> Interval:
+        """`value`, wrong by at most `share` of it."""
+        return cls(value * (1 - share), value, value * (1 + share))
+
+    def to_json(self) -> dict[str, float]:
+        """As JSON values."""
+        return {"low": self.low, "value": self.value, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the memory, and why it has that size."""
+
+    name: str
+    nbytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The memory of a runtime's process at the full context.
+
+    load        the load mode that it holds for, "mmap" or "no-mmap"
+    terms       its parts
+    total       their sum: what is resident at the peak, as `top` shows it
+    hard        thereof bytes that cannot be taken back without slowing the model down: of a mapped file whose weights
+                were repacked nothing reads the originals any more, and the system may drop their pages
+    other_load  the other load mode, and the resident bytes with it
+    """
+
+    load: str
+    terms: tuple[Term, ...]
+    total: Interval
+    hard: int
+    other_load: tuple[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            **self.total.to_json(),
+            "load": self.load,
+            "terms": [{"name": t.name, "bytes": t.nbytes, "why": t.why} for t in self.terms],
+            "hard": self.hard,
+            "other_load": {"load": self.other_load[0], "value": self.other_load[1]},
+        }
+
+
+def effective_load(settings: RuntimeSettings) -> str:
+    """What "auto" comes to on a processor: llama.cpp maps the file."""
+    return "mmap" if settings.load == "auto" else settings.load
+
+
+def memory(
+    outline: Outline, settings: RuntimeSettings, instruction_sets: frozenset[str], context: int
+) -> MemoryEstimate:
+    """What a model takes in llama.cpp on a processor with these instruction sets. `outline.unmodelled` is empty."""
+    held = weights(outline, instruction_sets)
+    load = effective_load(settings)
+    other = "no-mmap" if load == "mmap" else "mmap"
+    terms = _terms(outline, settings, held, load, context)
+    total = sum(term.nbytes for term in terms)
+    return MemoryEstimate(
+        load=load,
+        terms=terms,
+        total=Interval.around(total, MEMORY_ERROR if outline.verified else UNVERIFIED_ERROR),
+        hard=total - (held.replaced if load == "mmap" else 0),
+        other_load=(other, total - held.resident(load) + held.resident(other)),
+    )
+
+
+def _terms(outline: Outline, settings: RuntimeSettings, held: Weights, load: str, context: int) -> tuple[Term, ...]:
+    mapped = load == "mmap"
+    kept = held.stored - (0 if mapped else held.replaced)
+    copied = "repacked for the processor's kernels" + (", beside the mapped originals" if mapped else "")
+    tokens = cache_tokens(outline, settings, context)
+    seen = f"{max(tokens)}" if len({*tokens}) == 1 else f"{min(tokens)} to {max(tokens)}"
+    numbers = sorted({block.numbers for block in outline.kept})
+    each = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return (
+        Term("weights", kept, "pages of the mapped file" if mapped else "read into memory"),
+        *([Term("repacked weights", held.repacked, copied)] if held.repacked else []),
+        Term(
+            "KV cache",
+            cache_bytes(outline, settings, context),
+            f"{outline.blocks} blocks x {each} numbers x {seen} tokens in {settings.kv}",
+        ),
+        Term("scratch", scratch_bytes(outline, settings, context), f"activations of {settings.ubatch} tokens at once"),
+        Term("logits", 4 * outline.vocab, f"{outline.vocab} numbers in f32"),
+        Term("runtime", base_bytes(outline), "interpreter, libraries, tokenizer"),
+    )
 
 
 def repacked_rows(instruction_sets: frozenset[str]) -> Mapping[str, int]:
@@ -65,24 +167,23 @@ class Weights:
         return self.stored + self.repacked - (0 if load == "mmap" else self.replaced)
 
 
-def weights(graph: ModelGraph, instruction_sets: frozenset[str]) -> Weights:
-    """The weights of a graph as it stands in the file.
+def weights(outline: Outline, instruction_sets: frozenset[str]) -> Weights:
+    """The weights of a model as it stands in the file.
 
     An embedding that is also the output head is looked up in its stored order and multiplied in the
     repacked one, so it stands in memory twice even where the file is not mapped.
     """
     rows = repacked_rows(instruction_sets)
-    tied = not any(spec.part == "output" for spec in graph.tensors)
-    copies = [s for s in graph.tensors if _is_repacked(s, rows) and (s.part != "embedding" or tied)]
+    copies = [t for t in outline.tensors if _is_repacked(t, rows) and (t.part != "embedding" or outline.tied)]
     return Weights(
-        stored=graph.nbytes,
-        repacked=sum(s.nbytes for s in copies),
-        replaced=sum(s.nbytes for s in copies if s.part != "embedding"),
+        stored=outline.nbytes,
+        repacked=sum(t.nbytes for t in copies),
+        replaced=sum(t.nbytes for t in copies if t.part != "embedding"),
     )
 
 
-def _is_repacked(spec: TensorSpec, rows: Mapping[str, int]) -> bool:
-    return len(spec.shape) == 2 and spec.encoding in rows and spec.shape[0] % rows[spec.encoding] == 0
+def _is_repacked(tensor: Stored, rows: Mapping[str, int]) -> bool:
+    return len(tensor.shape) == 2 and tensor.encoding in rows and tensor.shape[0] % rows[tensor.encoding] == 0
 
 
 def padded(context: int) -> int:
@@ -90,33 +191,32 @@ def padded(context: int) -> int:
     return -(-context // CONTEXT_PADDING) * CONTEXT_PADDING
 
 
-def cache_tokens(config: Mapping[str, Any], settings: RuntimeSettings, context: int) -> tuple[int, ...]:
+def cache_tokens(outline: Outline, settings: RuntimeSettings, context: int) -> tuple[int, ...]:
     """Tokens that the KV cache holds for each block: all, or a window and one batch where the runtime has windows."""
-    family = family_of(config)
-    window = family.window(config) if family.runs_windows else None
     full = padded(context)
-    short = full if window is None else padded(min(full, window + settings.ubatch))
-    return tuple(short if kind == "sliding" else full for kind in family.block_kinds(config))
+    return tuple(
+        full if kept.window is None else padded(min(full, kept.window + settings.ubatch)) for kept in outline.kept
+    )
 
 
-def cache_bytes(config: Mapping[str, Any], settings: RuntimeSettings, context: int) -> int:
+def cache_bytes(outline: Outline, settings: RuntimeSettings, context: int) -> int:
     """Bytes of the KV cache, keys and values of every block."""
-    numbers = 2 * family_of(config).sizes(config).kv_rows * sum(cache_tokens(config, settings, context))
-    return int(numbers * KV_BYTES[settings.kv])
+    held = zip(outline.kept, cache_tokens(outline, settings, context), strict=True)
+    return int(sum(kept.numbers * tokens for kept, tokens in held) * KV_BYTES[settings.kv])
 
 
-def scratch_bytes(sizes: Sizes, settings: RuntimeSettings, context: int) -> int:
+def scratch_bytes(outline: Outline, settings: RuntimeSettings, context: int) -> int:
     """Bytes of the compute buffer that a run touches while it reads a prompt of the full context."""
     tokens = min(settings.ubatch, context)
     seen = padded(context)
-    activations = max(2.5 * sizes.ffn + 7.4 * sizes.hidden - 3.4 * sizes.q_rows, 2.5 * sizes.ffn)
+    activations = max(2.5 * outline.ffn + 7.4 * outline.hidden - 3.4 * outline.head_rows, 2.5 * outline.ffn)
     rows = 4 * activations + 2.4 * seen
     if settings.flash_attention == "off":  # all scores in f32, their softmax again in f16
-        rows = max(rows, 6.0 * seen * sizes.heads + 4 * 8 * sizes.hidden)
-    inputs_of_kernels = 1.125 * sizes.ffn  # rows rounded to 8 bits for the integer kernels
+        rows = max(rows, 6.0 * seen * outline.heads + 4 * 8 * outline.hidden)
+    inputs_of_kernels = 1.125 * outline.ffn  # rows rounded to 8 bits for the integer kernels
     return int(tokens * (rows + inputs_of_kernels) + _SCRATCH_BASE)
 
 
-def base_bytes(sizes: Sizes) -> int:
+def base_bytes(outline: Outline) -> int:
     """Bytes of the process beside the model: interpreter, libraries, tokenizer, graph."""
-    return _RUNTIME_BASE + _PER_TOKEN_OF_VOCABULARY * sizes.vocab + _PER_BLOCK * sizes.blocks
+    return _RUNTIME_BASE + _PER_TOKEN_OF_VOCABULARY * outline.vocab + _PER_BLOCK * outline.blocks

@@ -14,6 +14,7 @@ import psutil
 from llmpack.errors import EnvironmentProblem
 from llmpack.runtime.settings import usable_cores
 from llmpack.target.device import HOST, Device
+from llmpack.units import format_size
 
 # /proc/cpuinfo's words for the instruction sets that matter (x86 "flags", ARM "Features")
 _FLAGS = {
@@ -24,13 +25,15 @@ _FLAGS = {
 _ARCHES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64", "riscv64": "riscv64"}
 _UNLIMITED = 1 << 60  # cgroups write "no limit" as a number near 2^63
 STREAM_BYTES = 128 << 20
+PRODUCT = 1536
 
 
-def probe_host(*, bandwidth: bool = False) -> Device:
+def probe_host(*, rates: bool = False) -> Device:
     """This machine as a device.
 
-    bandwidth  also stream through memory, for some tenths of a second. Raises EnvironmentProblem on
-               an architecture that llmpack does not know.
+    rates  also measure: stream through memory, multiply matrices; takes a second or two
+
+    Raises EnvironmentProblem on an architecture that llmpack does not know.
     """
     machine = platform.machine()
     if machine not in _ARCHES:
@@ -42,9 +45,16 @@ def probe_host(*, bandwidth: bool = False) -> Device:
     }
     if flags:
         figures["instruction_sets"] = _measured(flags, "the processor's own flags")
-    if bandwidth:
-        streamed = measure_bandwidth(usable_cores())
-        figures["bandwidth"] = _measured(f"{streamed} B/s", "streamed from memory by all cores, best of five")
+    for level, size in _caches().items():
+        figures[level] = _measured(f"{size} B", "the system's description of the first core")
+    if rates:
+        figures["bandwidth"] = _measured(
+            f"{measure_bandwidth(usable_cores())} B/s", "streamed from memory by all cores, best of five"
+        )
+        figures["f32"] = _measured(
+            f"{measure_f32() / 1e9:f} GFLOP/s",
+            f"numpy's product of matrices of {PRODUCT} x {PRODUCT}, best of five",
+        )
     table = {
         "name": HOST,
         "description": f"this machine: {model}",
@@ -54,6 +64,25 @@ def probe_host(*, bandwidth: bool = False) -> Device:
         "figures": figures,
     }
     return Device.model_validate(table)
+
+
+def is_this_machine(profile: Device) -> bool:
+    """Whether what is measured here holds for that device: same processor, cores, instruction sets and memory.
+
+    Raises EnvironmentProblem if it is this machine and has less memory than the profile promises.
+    """
+    here = probe_host()
+    if profile.fingerprint == here.fingerprint:
+        return True
+    with_our_memory = profile.figures.model_copy(update={"memory": here.figures.memory})
+    if profile.model_copy(update={"figures": with_our_memory}).fingerprint != here.fingerprint:
+        return False
+    if here.memory < profile.memory:
+        text = (
+            f"this machine has {format_size(here.memory)} of memory, {profile.name} says {format_size(profile.memory)}"
+        )
+        raise EnvironmentProblem(f"{text}; mend the profile (`llmpack device probe` writes one), or lift the limit")
+    return False
 
 
 def _measured(value: object, source: str) -> dict[str, object]:
@@ -112,6 +141,31 @@ def measure_bandwidth(threads: int) -> int:
             list(pool.map(np.any, arrays))
             best = min(best, time.perf_counter() - started)
     return int(threads * STREAM_BYTES / best)
+
+
+def measure_f32() -> float:
+    """Operations per second of a large matrix product in float32 with the BLAS of numpy, best of five."""
+    a = np.ones((PRODUCT, PRODUCT), np.float32)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2 * PRODUCT**3 / best
+
+
+def _caches() -> dict[str, int]:
+    """Bytes of the data caches that the first core sees, by name of figure; Linux only."""
+    found: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            kind, level, size = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+        except OSError:
+            continue
+        name = {"1": "cache_l1d", "2": "cache_l2", "3": "cache_l3"}.get(level)
+        if name and kind in ("Data", "Unified") and size.endswith("K") and size[:-1].isdigit():
+            found[name] = int(size[:-1]) << 10
+    return found
 
 
 def load_average() -> float | None:

@@ -88,7 +88,7 @@ def test_check_judges_again_without_measuring(llmpack, place):
     answer = json.loads(out)
     assert code == 4
     assert answer["measured"] is False
-    row = next(row for row in answer["verdict"]["rows"] if row["limit"] == "memory")
+    row = next(row for row in answer["verdicts"][0]["rows"] if row["limit"] == "memory")
     assert row["status"] == "FAIL"
 
 
@@ -102,7 +102,7 @@ def test_check_of_a_bare_file_knows_only_what_is_asked(llmpack, place):
     file = place / "out" / "tiny" / "model.gguf"
     code, out, _ = llmpack("check", file, "--budget", "disk=8MB", "--budget", "context=128", "--json")
     assert code == 0
-    assert [row["limit"] for row in json.loads(out)["verdict"]["rows"]] == ["disk"]
+    assert [row["limit"] for row in json.loads(out)["verdicts"][0]["rows"]] == ["disk"]
     assert llmpack("check", file, "--budget", "disk=1MB", "--budget", "context=128")[0] == 4
 
 

@@ -13,7 +13,7 @@ import pytest
 from llmpack import errors
 from llmpack.cli.session import Session, Terminated, conduct, describe
 
-COMMANDS = ("build", "plan", "check", "verify", "inspect", "eval", "run", "list", "schema", "cache")
+COMMANDS = ("build", "plan", "check", "verify", "inspect", "eval", "run", "list", "schema", "cache", "device")
 
 
 def llmpack(*arguments, **options):
@@ -38,13 +38,15 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "cache ls", "cache gc", "cache verify"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "cache ls", "cache gc", "cache verify", "device list", "device show", "device probe"]
+)
 def test_every_command_has_help_for_itself_and_its_options(command):
     done = llmpack(*command.split(), "--help", env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0
     assert "Usage: " in done.stdout
     assert "Traceback" not in done.stderr
-    if command != "cache":
+    if command not in ("cache", "device"):
         assert "--json" in done.stdout
 
 

@@ -84,7 +84,7 @@ def test_a_measurement_on_the_device_passes_or_fails_with_its_margin():
     assert (row.status, row.margin) == ("PASS", 25.0)
     row = only_row({"decode": "8 tok/s"}, finding("decode", 6.0))
     assert (row.status, row.margin) == ("FAIL", -25.0)
-    assert row.text == "decode 6 tok/s of at least 8 tok/s: FAIL, -25 % over"
+    assert row.text == "decode 6 tok/s of at least 8 tok/s: FAIL, 25 % short"
     assert only_row({"memory": "300 MiB"}, finding("memory", 300 * MIB)).status == "PASS"
 
 

@@ -12,7 +12,9 @@ from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target import memory_model
 from llmpack.target.cure import cures
 from llmpack.target.device import device
-from llmpack.target.estimate import MEMORY_ERROR, estimate, touched_bytes
+from llmpack.target.estimate import estimate, touched_bytes
+from llmpack.target.memory_model import MEMORY_ERROR
+from llmpack.target.outline import Outline
 
 MIB = 1 << 20
 LLAMA_8B = {
@@ -27,13 +29,17 @@ SMOLLM = {
 PI, N100, LAPTOP = device("raspberry-pi-5-8gb"), device("intel-n100-16gb"), device("laptop-8gb")
 
 
-def graph_of(config, linear, embedding=None):
+def outline_of(config, linear, embedding=None):
     def encoding(spec):
         if len(spec.shape) == 1:
             return "f32"
         return (embedding or linear) if spec.part in ("embedding", "output") else linear
 
-    return family_of(config).graph(config).with_encodings(encoding)
+    return Outline.of_graph(family_of(config).graph(config).with_encodings(encoding))
+
+
+def named(outline, name):
+    return next(tensor for tensor in outline.tensors if tensor.name == name)
 
 
 @pytest.mark.parametrize(
@@ -41,35 +47,35 @@ def graph_of(config, linear, embedding=None):
 )
 def test_the_cache_of_an_8b_model(kv, context, mebibytes):
     """The figures of llama.cpp for 32 blocks with 8 heads of 128."""
-    assert memory_model.cache_bytes(LLAMA_8B, RuntimeSettings(kv=kv), context) == mebibytes * MIB
+    assert memory_model.cache_bytes(outline_of(LLAMA_8B, "f16"), RuntimeSettings(kv=kv), context) == mebibytes * MIB
 
 
 def test_weights_by_processor_and_load_mode():
-    graph = graph_of(SMOLLM, "q4_0", "q8_0")
-    linear = sum(s.nbytes for s in graph.tensors if s.is_linear)
-    embedding = graph["model.embed_tokens.weight"].nbytes
-    on_n100 = memory_model.weights(graph, N100.instruction_sets)
-    assert (on_n100.stored, on_n100.repacked, on_n100.replaced) == (graph.nbytes, linear, linear)
-    assert on_n100.resident("mmap") == graph.nbytes + linear
-    assert on_n100.resident("no-mmap") == graph.nbytes
-    on_pi = memory_model.weights(graph, PI.instruction_sets)  # q8_0 is repacked there, and the head is tied
+    outline = outline_of(SMOLLM, "q4_0", "q8_0")
+    linear = sum(s.nbytes for s in outline.tensors if s.is_linear)
+    embedding = named(outline, "token_embd.weight").nbytes
+    on_n100 = memory_model.weights(outline, N100.instruction_sets)
+    assert (on_n100.stored, on_n100.repacked, on_n100.replaced) == (outline.nbytes, linear, linear)
+    assert on_n100.resident("mmap") == outline.nbytes + linear
+    assert on_n100.resident("no-mmap") == outline.nbytes
+    on_pi = memory_model.weights(outline, PI.instruction_sets)  # q8_0 is repacked there, and the head is tied
     assert on_pi.repacked == linear + embedding
-    assert on_pi.resident("no-mmap") == graph.nbytes + embedding
-    on_old_pi = memory_model.weights(graph, device("raspberry-pi-4-4gb").instruction_sets)
-    assert on_old_pi.resident("mmap") == graph.nbytes
+    assert on_pi.resident("no-mmap") == outline.nbytes + embedding
+    on_old_pi = memory_model.weights(outline, device("raspberry-pi-4-4gb").instruction_sets)
+    assert on_old_pi.resident("mmap") == outline.nbytes
 
 
 def test_an_embedding_that_is_no_head_is_not_repacked():
-    graph = graph_of(LLAMA_8B, "q4_0")
-    found = memory_model.weights(graph, N100.instruction_sets)
-    assert found.repacked == graph.nbytes - sum(s.nbytes for s in graph.tensors if s.part in ("embedding", "norm"))
-    assert touched_bytes(graph) == graph.nbytes - graph["model.embed_tokens.weight"].nbytes
+    outline = outline_of(LLAMA_8B, "q4_0")
+    found = memory_model.weights(outline, N100.instruction_sets)
+    assert found.repacked == outline.nbytes - sum(s.nbytes for s in outline.tensors if s.part in ("embedding", "norm"))
+    assert touched_bytes(outline) == outline.nbytes - named(outline, "token_embd.weight").nbytes
 
 
 def test_the_terms_add_up_and_the_report_is_json():
-    found = estimate(graph_of(SMOLLM, "q4_0", "q8_0"), RuntimeSettings(), PI, 2048, disk=1000)
-    assert sum(term.nbytes for term in found.terms) == found.memory.value
-    assert found.hard_memory < found.memory.value
+    found = estimate(outline_of(SMOLLM, "q4_0", "q8_0"), RuntimeSettings(), PI, 2048, disk=1000)
+    assert sum(term.nbytes for term in found.memory.terms) == found.memory.total.value
+    assert found.memory.hard < found.memory.total.value
     report = json.loads(json.dumps(found.to_json()))
     assert report["kind"] == "estimate"
     assert {f.limit for f in found.findings()} == {"memory", "disk", "decode"}
@@ -78,17 +84,17 @@ def test_the_terms_add_up_and_the_report_is_json():
 
 def test_speed_of_a_known_device():
     """Llama-3.1-8B at 4.9 GB decodes at 2.17 tok/s on a Raspberry Pi 5: the report behind its profile."""
-    graph = graph_of(LLAMA_8B, "q4_1")  # 5.0 bits; the report's Q4_K_M has 4.9
-    assert 4.9e9 < graph.nbytes < 5.2e9
-    found = estimate(graph, RuntimeSettings(), PI, 512).decode
+    outline = outline_of(LLAMA_8B, "q4_1")  # 5.0 bits; the report's Q4_K_M has 4.9
+    assert 4.9e9 < outline.nbytes < 5.2e9
+    found = estimate(outline, RuntimeSettings(), PI, 512).decode
     assert found.low < 2.17 < found.high
     assert found.value == pytest.approx(2.17, rel=0.1)
-    prefill = estimate(graph, RuntimeSettings(), N100, 512).prefill
+    prefill = estimate(outline, RuntimeSettings(), N100, 512).prefill
     assert prefill.value == pytest.approx(6.53, rel=0.2)
 
 
 def test_what_a_profile_does_not_say_is_not_estimated():
-    found = estimate(graph_of(SMOLLM, "q8_0"), RuntimeSettings(), LAPTOP, 2048)
+    found = estimate(outline_of(SMOLLM, "q8_0"), RuntimeSettings(), LAPTOP, 2048)
     assert found.decode is None
     assert "bandwidth of laptop-8gb is unknown" in found.missing["decode"]
 
@@ -101,7 +107,7 @@ def random_model(path, kind, *, tied=True):
         "max_position_embeddings": 4096,
     }  # fmt: skip
     tiny_gguf.write_empty_gguf(path, config, kind, tied=tied)
-    return graph_of(config, kind.name.lower())
+    return outline_of(config, kind.name.lower())
 
 
 @pytest.mark.parametrize(
@@ -116,20 +122,20 @@ def random_model(path, kind, *, tied=True):
 )
 def test_the_estimate_of_memory_holds_on_this_machine(tmp_path, kind, options, context):
     path = tmp_path / "model.gguf"
-    graph = random_model(path, gguf.GGMLQuantizationType[kind])
+    outline = random_model(path, gguf.GGMLQuantizationType[kind])
     settings = RuntimeSettings(threads=1, **options)
-    expected = estimate(graph, settings, device("host"), context)
+    expected = estimate(outline, settings, device("host"), context)
     with LlamaRuntime() as runtime:
         opened = runtime.open(path, settings, context)
         runtime.time_prefill([7] * (context - 8))
         runtime.time_decode([5] * 2)
         peak = runtime.memory().peak
-    cache = memory_model.cache_bytes(graph.config, settings, context)
+    cache = memory_model.cache_bytes(outline, settings, context)
     assert opened.buffers["KV.CPU"] == pytest.approx(cache, abs=0.01 * MIB)
     assert opened.buffers.get("model.CPU_REPACK", 0) == pytest.approx(
-        memory_model.weights(graph, device("host").instruction_sets).repacked, abs=0.1 * MIB
+        memory_model.weights(outline, device("host").instruction_sets).repacked, abs=0.1 * MIB
     )
-    assert expected.memory.value == pytest.approx(peak, rel=MEMORY_ERROR)
+    assert expected.memory.total.value == pytest.approx(peak, rel=MEMORY_ERROR)
 
 
 GEMMA2 = {
@@ -147,49 +153,49 @@ def test_windows_shorten_the_cache_as_in_llama_cpp(tmp_path, ubatch, context):
         tmp_path / "gemma.gguf", GEMMA2, gguf.GGMLQuantizationType.F16, tied=True, window=256
     )
     settings = RuntimeSettings(threads=1, ubatch=ubatch)
-    tokens = memory_model.cache_tokens(GEMMA2, settings, context)
+    tokens = memory_model.cache_tokens(outline_of(GEMMA2, "f16"), settings, context)
     assert len({*tokens}) == (1 if context == 512 else 2)
     with LlamaRuntime() as runtime:
         opened = runtime.open(path, settings, context)
         runtime.time_prefill([7] * (context - 8))
         assert min(runtime.time_decode([5] * 8) + runtime.time_decode([5] * 8)) > 0
     assert opened.buffers["KV.CPU"] == pytest.approx(
-        memory_model.cache_bytes(GEMMA2, settings, context), abs=0.02 * MIB
+        memory_model.cache_bytes(outline_of(GEMMA2, "f16"), settings, context), abs=0.02 * MIB
     )
 
 
 def test_cures_begin_with_what_costs_nothing():
-    graph = graph_of(LLAMA_8B, "q4_0", "q8_0")
-    cure = cures(graph, RuntimeSettings(), PI, 4096)
+    outline = outline_of(LLAMA_8B, "q4_0", "q8_0")
+    cure = cures(outline, RuntimeSettings(), PI, 4096)
     assert cure("memory", 300 * MIB).startswith('load = "no-mmap" saves ')
     assert cure("memory", 300 * MIB).endswith("; need 300 MiB")
-    unmapped = cures(graph, RuntimeSettings(load="no-mmap"), PI, 4096)
+    unmapped = cures(outline, RuntimeSettings(load="no-mmap"), PI, 4096)
     assert unmapped("memory", 10 * MIB).startswith("ubatch = 128 saves ")
     small = RuntimeSettings(load="no-mmap", ubatch=128)
-    assert cures(graph, small, PI, 4096)("memory", 200 * MIB) == 'kv = "q8_0" saves 240 MiB; need 200 MiB'
+    assert cures(outline, small, PI, 4096)("memory", 200 * MIB) == 'kv = "q8_0" saves 240 MiB; need 200 MiB'
 
 
 def test_cures_by_encoding_name_the_smallest_that_suffices():
-    graph = graph_of(LLAMA_8B, "iq4_nl", "q8_0")
+    outline = outline_of(LLAMA_8B, "iq4_nl", "q8_0")
     exhausted = RuntimeSettings(load="no-mmap", ubatch=128, kv="q4_0")
     row = 128256 * 4096 // 256
     saved = 128256 * 4096 // 32 * 34 - row * 210
-    text = cures(graph, exhausted, N100, 2048)("disk", saved - 5)
+    text = cures(outline, exhausted, N100, 2048)("disk", saved - 5)
     assert text.startswith(("embedding q8_0 -> q6_k saves ", "output q8_0 -> q6_k saves "))
-    text = cures(graph, exhausted, N100, 2048)("disk", 1 << 40)
+    text = cures(outline, exhausted, N100, 2048)("disk", 1 << 40)
     assert text.endswith("that alone is not enough")
 
 
 def test_a_row_that_no_k_quant_holds_gets_another_cure():
-    graph = graph_of(SMOLLM, "iq4_nl", "q8_0")  # rows of 576 are no multiple of 256
+    outline = outline_of(SMOLLM, "iq4_nl", "q8_0")  # rows of 576 are no multiple of 256
     settings = RuntimeSettings(load="no-mmap", ubatch=128, kv="q4_0")
-    assert cures(graph, settings, N100, 2048)("memory", 3 * MIB).startswith("embedding q8_0 -> q5_1 saves 8.438 MiB")
+    assert cures(outline, settings, N100, 2048)("memory", 3 * MIB).startswith("embedding q8_0 -> q5_1 saves 8.438 MiB")
 
 
 def test_cures_for_speed_and_for_what_has_none():
-    graph = graph_of(LLAMA_8B, "q8_0")
-    assert cures(graph, RuntimeSettings(), PI, 2048)("decode", 0.01).startswith('kv = "q8_0" gains ')
-    cure = cures(graph, RuntimeSettings(kv="q8_0"), PI, 2048)
+    outline = outline_of(LLAMA_8B, "q8_0")
+    assert cures(outline, RuntimeSettings(), PI, 2048)("decode", 0.01).startswith('kv = "q8_0" gains ')
+    cure = cures(outline, RuntimeSettings(kv="q8_0"), PI, 2048)
     assert " -> q6_k gains " in cure("decode", 0.01)
     assert cure("first_token", 1.0) == ""
     assert cure("quality.kl", 0.1) == ""

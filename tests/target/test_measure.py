@@ -11,8 +11,9 @@ from llmpack.digest import sha256_file
 from llmpack.errors import RuntimeFailed
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Budget, judge
-from llmpack.target.measure import NOISY_CV, Measurement, Protocol, Round, measure
+from llmpack.target.measure import NOISY_CV, Measurement, Round, measure
 from llmpack.target.page_cache import cached_share, drop_from_cache
+from llmpack.target.protocol import Protocol
 from llmpack.target.samples import Samples
 
 SHORT = Protocol(repetitions=5, least_seconds=0.0, rounds=2)

@@ -14,6 +14,7 @@ from llmpack.pipeline.state import Build
 from llmpack.target.budget import Evidence, Finding, Verdict
 from llmpack.target.budget import judge as judge_budget
 from llmpack.target.cure import cures
+from llmpack.target.outline import Outline
 from llmpack.units import format_size
 
 _ROUNDS = 8
@@ -54,7 +55,7 @@ def _judged(build: Build, usage: int, made_at: str) -> Observed:
         (*guesses, *findings),
         planned.device,
         accept=recipe.target.accept,
-        cure=cures(planned.graph, recipe.runtime, planned.device, recipe.budget.context),
+        cure=cures(Outline.of_graph(planned.graph), recipe.runtime, planned.device, recipe.budget.context),
         missing=planned.estimate.missing,
     )
     return Observed(
@@ -76,8 +77,9 @@ def _notes(build: Build, verdict: Verdict) -> tuple[str, ...]:
         notes.append(f"the source was quantized already ({kinds}); what that lost is not counted here")
     if verdict.on_estimates:
         notes.append(f"some limits pass on an estimate alone: nothing was measured on {verdict.device}")
-    load, nbytes = build.plan.estimate.other_load
-    notes.append(f'with load = "{load}" about {format_size(nbytes)} of memory (estimate)')
+    if build.plan.estimate.memory:
+        load, nbytes = build.plan.estimate.memory.other_load
+        notes.append(f'with load = "{load}" about {format_size(nbytes)} of memory (estimate)')
     return tuple(notes)
 
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmpack.pipeline.corpora import Text, require_disjoint
-from llmpack.pipeline.evidence import MEASURED_LIMITS, Original, measurement, needs_measuring, quality
+from llmpack.pipeline.evidence import Original, measurement, needs_measuring, quality
 from llmpack.pipeline.plan import is_host
 from llmpack.pipeline.state import Build
-from llmpack.target.budget import Finding, judge
+from llmpack.target.budget import MEASURED_LIMITS, Finding, judge
 from llmpack.target.device import HOST, device
-from llmpack.target.measure import STANDARD
+from llmpack.target.protocol import STANDARD
 
 if TYPE_CHECKING:
     from torch import Tensor

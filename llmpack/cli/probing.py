@@ -1,0 +1,36 @@
+"""`llmpack device probe`: this machine measured, as a profile."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llmpack.checkpoint.atomic import write_atomic
+from llmpack.errors import UsageError
+from llmpack.target.device import Device
+from llmpack.target.probe import load_average, probe_host
+from llmpack.target.profile_text import profile_text
+
+BUSY = 0.5
+"""Processes for each core, waiting or running over the last minute, from which on the machine counts as busy."""
+
+
+def probed(out: Path | None, description: str) -> tuple[Device, str]:
+    """This machine and the text of its profile, written to `out` if there is one.
+
+    Raises UsageError for a file that no profile may have, EnvironmentProblem for an unknown architecture.
+    """
+    if out is not None and out.suffix != ".toml":
+        raise UsageError(f"--out {out}: a profile is a TOML file; give it a name that ends in .toml")
+    if out is not None and not out.resolve().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.resolve().parent}")
+    busy = load_average()
+    found = probe_host(rates=True)
+    if busy is not None and busy > BUSY * (found.cores or 1):
+        text = f"{busy:.1f} processes wanted to run over the last minute, so the rates are too low"
+        print(f"llmpack: {text}; probe again on a quiet machine", file=sys.stderr)
+    text = profile_text(found, datetime.now(UTC).date().isoformat(), description)
+    if out is not None:
+        write_atomic(out, text.encode())
+    return found, text
