@@ -126,7 +126,7 @@ quality = { kl = -1.0 }
         ("budget.quality={kl=0.1, kll=2}", "budget.quality.kll: unknown key `kll`; did you mean `kl`?"),
         ("target.accept=maybe", '--set target.accept: "maybe" is not known here'),
         ("build.threads=0", "--set build.threads: input should be greater than or equal to 1, got 0"),
-        ("step.0.use=1", "step.0.use: every step says what it does: use = one of quantize.rtn"),
+        ("step.0.use=1", "step.0.use: every step says what it does: use = one of "),
         ("step=3", "--set step: steps are an array of tables"),
         ("bundle.format=zip", '--set bundle.format: "zip" is not known here'),
         ("runtime.ubatch=1024", "runtime: ubatch (1024) is larger than batch (512)"),
