@@ -73,25 +73,28 @@ class HessianSum:
 
 
 class CrossSum:
-    """Running sum of ``r x^T`` over tokens, float32, for two inputs seen at the same places."""
+    """Running sum of ``r x^T`` over tokens, float32, for two vectors seen at the same places.
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.columns = columns
+    rows  width of r where it is not that of x
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu", rows: int | None = None) -> None:
+        self.columns, self.rows = columns, columns if rows is None else rows
         self.tokens = 0
-        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._sum = torch.zeros(self.rows, columns, dtype=torch.float32, device=device)
 
     def add(self, reference: Tensor, x: Tensor) -> None:
-        """Add pairs [..., columns] of any float dtype; every leading index is a token."""
-        r, x = (one.detach().reshape(-1, self.columns) for one in (reference, x))
+        """Add pairs [..., rows] and [..., columns] of any float dtype; every leading index is a token."""
+        r, x = reference.detach().reshape(-1, self.rows), x.detach().reshape(-1, self.columns)
         for left, right in zip(torch.split(r, CHUNK), torch.split(x, CHUNK), strict=True):
             left, right = (one.to(device=self._sum.device, dtype=torch.float32) for one in (left, right))
-            for start in range(0, self.columns, TILE):
-                stop = min(start + TILE, self.columns)
+            for start in range(0, self.rows, TILE):
+                stop = min(start + TILE, self.rows)
                 self._sum[start:stop].add_(left[:, start:stop].T @ right)
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
-        """``E[r x^T]`` [columns, columns] float32. Raises NumericalError as `HessianSum.mean` does."""
+        """``E[r x^T]`` [rows, columns] float32. Raises NumericalError as `HessianSum.mean` does."""
         if self.tokens == 0:
             raise NumericalError("no token reached this layer; add calibration text")
         mean = self._sum / self.tokens

@@ -65,6 +65,7 @@ class Family(ABC):
     settings       numbers that the file states beside the sizes
     norm_offset    what the weights of norms in a file have more than those in a checkpoint
     layered        whether ``layer_types`` says which blocks see a window only
+    per_block      lists of a config that have one entry for each block
     runs_windows   whether windows are applied
     tokenizer      how the converter reads the tokenizer files
     """
@@ -89,6 +90,7 @@ class Family(ABC):
     settings: ClassVar[tuple[Setting, ...]] = ()
     norm_offset: ClassVar[float] = 0.0
     layered: ClassVar[bool] = False
+    per_block: ClassVar[tuple[str, ...]] = ("layer_types", "no_rope_layers")
     runs_windows: ClassVar[bool] = False
     tokenizer: ClassVar[TokenizerRules] = TokenizerRules()
 
@@ -213,6 +215,10 @@ class Family(ABC):
         kinds = self.block_kinds(config)
         return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds))))
 
+    def residual_scale(self, config: Mapping[str, Any]) -> float:
+        """By what the outputs of attention and feed-forward are multiplied before they are added."""
+        return 1.0
+
     def breaks_pattern(self, config: Mapping[str, Any], dropped: Collection[int]) -> bool:
         """True if the blocks that are left would not repeat as before, so that no config and no runtime fits them."""
         kinds, period = self.block_kinds(config), self.period(config)
@@ -262,6 +268,7 @@ class Family(ABC):
                 block=block,
                 inputs=row.inputs,
                 row_order=row.row_order,
+                axes=row.shape,
             )
 
         def exists(row: Row) -> bool:

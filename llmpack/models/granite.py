@@ -39,3 +39,7 @@ class Granite(Llama):
     def stated_head_dim(self, config: Mapping[str, Any]) -> int | None:
         """Never stated."""
         return None
+
+    def residual_scale(self, config: Mapping[str, Any]) -> float:
+        """A number of the config."""
+        return float(self.setting(config, "residual_multiplier"))

@@ -26,6 +26,7 @@ class TensorSpec:
     inputs     name of the input that it reads, shared by matrices with one Hessian
                ("attention.in", "attention.out", "ffn.in", "ffn.out"); None if it is no linear map
     row_order  name of the row permutation between checkpoint and GGUF ("rope"), None for none
+    axes       what each axis counts: names of sizes (see `llmpack.models.tables.Sizes`)
     """
 
     name: str
@@ -36,6 +37,7 @@ class TensorSpec:
     block: int | None = None
     inputs: str | None = None
     row_order: str | None = None
+    axes: tuple[str, ...] = ()
 
     @property
     def is_linear(self) -> bool:

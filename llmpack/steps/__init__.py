@@ -6,6 +6,7 @@ from llmpack.steps.step import Step
 STEPS: Table[type[Step]] = Table(
     "step",
     {
+        "prune.depth": "llmpack.steps.prune_depth:PruneDepth",
         "quantize.rtn": "llmpack.steps.quantize_rtn:QuantizeRtn",
         "quantize.gptq": "llmpack.steps.quantize_gptq:QuantizeGptq",
         "quantize.llamacpp": "llmpack.steps.quantize_llamacpp:QuantizeLlamacpp",

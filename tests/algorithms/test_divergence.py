@@ -9,6 +9,7 @@ from llmpack.algorithms.divergence import (
     CHUNK,
     Comparison,
     Divergence,
+    Wanted,
     compare,
     kl_divergence,
     paired_ratio,
@@ -54,6 +55,15 @@ def test_tiny_divergences_keep_their_digits():
     p = logits(5, size=1.0).double()
     q = p + 1e-5 * logits(5, seed=2, size=1.0).double()
     assert kl_divergence(p, q).tolist() == pytest.approx(slow_kl(p, q), rel=1e-4, abs=1e-18)
+
+
+def test_many_models_are_compared_with_one_nearly_as_exactly():
+    p, q = logits(40), logits(40, seed=1) + 100
+    wanted = Wanted.of(p)
+    assert wanted.kl(q).tolist() == pytest.approx(slow_kl(p, q), abs=1e-4)
+    assert wanted.kl(p).max() < 1e-5
+    with pytest.raises(NumericalError, match="not finite"):
+        wanted.kl(torch.full((40, 11), math.inf))
 
 
 def test_unequal_shapes_and_infinite_logits_are_errors():

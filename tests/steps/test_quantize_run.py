@@ -28,6 +28,7 @@ from llmpack.steps import STEPS
 from llmpack.steps.step import Workbench
 
 BLOCKS = 3
+QUANTIZERS = [name for name in STEPS if name.startswith("quantize.")]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +67,11 @@ def results(checkpoint, graph, tmp_path_factory):
     """Each step's output with its defaults."""
     return {
         name: step(name).run(checkpoint, graph, bench(tmp_path_factory.mktemp("step"), checkpoint, corpus_of(1)))
-        for name in STEPS
+        for name in QUANTIZERS
     }
 
 
-@pytest.mark.parametrize("name", list(STEPS))
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_result_is_what_the_preview_promised(name, results, checkpoint, graph):
     result = results[name]
     assert open_model(result).tensors == step(name).preview(graph).tensors
@@ -163,7 +164,7 @@ def test_without_importance_no_text_is_read(name, checkpoint, graph, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("name", list(STEPS))
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_without_text_a_step_that_needs_it_says_so(name, checkpoint, graph, tmp_path):
     with pytest.raises(StepFailed, match="calibration"):
         step(name).run(checkpoint, graph, bench(tmp_path, checkpoint, None))
