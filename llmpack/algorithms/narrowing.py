@@ -1,10 +1,11 @@
 """Which columns of a matrix to do without, and what the others then have to be.
 
-For ``y = W x`` with ``H = E[x x^T]``, keep the columns S and let the rest R go. The least squared error of the outputs is
-reached by ``V = W_S + W_R H_RS H_SS^-1``: what R carried is read from S as far as S predicts it (the Nystroem
-approximation of x; MoDeGPT, Lin et al. 2024, arXiv:2408.09632). Which columns hurt least when the others make up for them is
-the question that Optimal Brain Surgeon answers (Hassibi and Stork 1993): column j costs ``|W_j|^2 / (H^-1)_jj``. Once
-it is gone, W and H^-1 are those of what is left, and the next is chosen (SlimGPT, Ling et al. 2024, arXiv:2412.18110).
+For ``y = W x`` with ``H = E[x x^T]``, keep the columns S and let the rest R go. The least squared error of the
+outputs is reached by ``V = W_S + W_R H_RS H_SS^-1``: what R carried is read from S as far as S predicts it (the
+Nystroem approximation of x; MoDeGPT, Lin et al. 2024, arXiv:2408.09632). Which columns hurt least when the others
+make up for them is the question that Optimal Brain Surgeon answers (Hassibi and Stork 1993): column j costs ``|W_j|^2
+/ (H^-1)_jj``. Once it is gone, W and H^-1 are those of what is left, and the next is chosen (SlimGPT, Ling et al.
+2024, arXiv:2412.18110).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def costs(W: Tensor, inverse: Tensor, unit: int) -> Tensor:
     units = W.shape[1] // unit
     corner = inverse.reshape(units, unit, units, unit).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     by_unit = W.reshape(-1, units, unit).permute(1, 2, 0)
-    return (by_unit * torch.linalg.solve(corner, by_unit)).sum((1, 2))
+    found: Tensor = (by_unit * torch.linalg.solve(corner, by_unit)).sum((1, 2))
+    return found
 
 
 def energies(W: Tensor, H: Tensor, unit: int) -> Tensor:
@@ -41,7 +43,8 @@ def energies(W: Tensor, H: Tensor, unit: int) -> Tensor:
     units = W.shape[1] // unit
     corner = H.to(torch.float64).reshape(units, unit, units, unit).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     by_unit = W.to(torch.float64).reshape(-1, units, unit).permute(1, 2, 0)
-    return (by_unit * (corner @ by_unit)).sum((1, 2))
+    found: Tensor = (by_unit * (corner @ by_unit)).sum((1, 2))
+    return found
 
 
 def inverse_of(H: Tensor, damping: float) -> Tensor:
@@ -49,7 +52,8 @@ def inverse_of(H: Tensor, damping: float) -> Tensor:
     upper = factorize(H, damping, "natural").upper
     eye = torch.eye(H.shape[0], dtype=torch.float64, device=H.device)
     root = torch.linalg.solve_triangular(upper, eye, upper=True)
-    return root.T @ root
+    inverse: Tensor = root.T @ root
+    return inverse
 
 
 def choose(W: Tensor, H: Tensor, unit: int, keep: int, damping: float, *, rounds: int = ROUNDS) -> Tensor:

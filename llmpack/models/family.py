@@ -215,6 +215,10 @@ class Family(ABC):
         kinds = self.block_kinds(config)
         return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds))))
 
+    def embedding_scale(self, config: Mapping[str, Any]) -> float:
+        """By what the rows of the embedding are multiplied where they enter the first block."""
+        return 1.0
+
     def residual_scale(self, config: Mapping[str, Any]) -> float:
         """By what the outputs of attention and feed-forward are multiplied before they are added."""
         return 1.0

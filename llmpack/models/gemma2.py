@@ -85,6 +85,10 @@ class Gemma2(Family):
         """Windows, with everything in sight at regular places."""
         return "sliding" if (index + 1) % self.every else "full"
 
+    def embedding_scale(self, config: Mapping[str, Any]) -> float:
+        """The root of the hidden size."""
+        return float(self.sizes(config).hidden ** 0.5)
+
     def scaled_by(self, sizes: Sizes) -> int:
         """The number by whose square root llama.cpp divides scores."""
         return sizes.hidden // sizes.heads if sizes.blocks == self.scaled_by_width else sizes.head_dim

@@ -40,6 +40,10 @@ class Granite(Llama):
         """Never stated."""
         return None
 
+    def embedding_scale(self, config: Mapping[str, Any]) -> float:
+        """A number of the config."""
+        return float(self.setting(config, "embedding_multiplier"))
+
     def residual_scale(self, config: Mapping[str, Any]) -> float:
         """A number of the config."""
         return float(self.setting(config, "residual_multiplier"))

@@ -7,6 +7,7 @@ STEPS: Table[type[Step]] = Table(
     "step",
     {
         "prune.depth": "llmpack.steps.prune_depth:PruneDepth",
+        "prune.width": "llmpack.steps.prune_width:PruneWidth",
         "quantize.rtn": "llmpack.steps.quantize_rtn:QuantizeRtn",
         "quantize.gptq": "llmpack.steps.quantize_gptq:QuantizeGptq",
         "quantize.llamacpp": "llmpack.steps.quantize_llamacpp:QuantizeLlamacpp",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpack.calibration.corpus import Corpus
@@ -10,7 +11,7 @@ from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.tensors import torch_dtype
 from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.errors import InputRejected, Problem, RecipeError, StepFailed
-from llmpack.models import family_of
+from llmpack.models import family_of, open_model
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.models.surgery import Kept, origins, sliced
 from llmpack.steps.blocks import shard_name
@@ -83,3 +84,16 @@ def write_cut(
             specs = target.outside if block is None else target.block(block)
             writer.write(shard, {spec.name: cut(spec) for spec in specs}, note if block is None else None)
             checkpoint.release([source[spec.name].name for spec in specs])
+
+
+def copy_checkpoint(checkpoint: Checkpoint, folder: Path, note: Mapping[str, Any]) -> Checkpoint:
+    """The same checkpoint in another folder, block by block; `note` lies in the journal with what is outside them."""
+    graph = open_model(checkpoint)
+    writer = CheckpointWriter(folder, checkpoint)
+    for block in (None, *range(graph.block_count)):
+        if writer.finished(shard_name(block)) is None:
+            specs = graph.outside if block is None else graph.block(block)
+            tensors = {spec.name: checkpoint.stored(spec.name) for spec in specs}
+            writer.write(shard_name(block), tensors, note if block is None else None)
+            checkpoint.release(tensors)
+    return writer.finish()
