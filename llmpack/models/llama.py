@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from llmpack.errors import Problem
 from llmpack.models.family import Family
-from llmpack.models.tables import Row
+from llmpack.models.tables import Row, Sizes
 
 
 class Llama(Family):
@@ -54,6 +55,15 @@ class Llama(Family):
     }
 
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3")
+
+    def oddities(self, config: Mapping[str, Any], sizes: Sizes) -> list[Problem]:
+        """transformers wants this even where heads have a width of their own."""
+        if sizes.hidden % sizes.heads == 0:
+            return []
+        text = (
+            f"hidden_size {sizes.hidden} is no multiple of {sizes.heads} heads, which transformers asks of {self.name}"
+        )
+        return [Problem(text, "num_attention_heads", "config.json", rule="unsupported-config")]
 
     def stated_head_dim(self, config: Mapping[str, Any]) -> int | None:
         """Always stated, since transformers' config always has it."""

@@ -98,7 +98,14 @@ def made(build: Build) -> dict[str, Any]:
         },
         "corpora": dict(build.corpora),
         "steps": [
-            {"use": step.use, "key": step.key, "facts": dict(step.facts), "output": step.output} for step in build.steps
+            {
+                "use": step.use,
+                "key": step.key,
+                "facts": dict(step.facts),
+                "found": dict(step.found),
+                "output": step.output,
+            }
+            for step in build.steps
         ],
         "artifact": {
             "file": build.artifact.path.name,

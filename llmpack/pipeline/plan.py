@@ -136,7 +136,7 @@ def make_plan(
     problems = recipe.budget.problems(chosen, trained)
     if problems:
         raise RecipeError([_placed(problem, document) for problem in problems])
-    facts = bundle_facts(origin, recipe)
+    facts = bundle_facts(origin, recipe, graph)
     nbytes = file_format.nbytes(graph, origin.checkpoint, facts)
     disk = nbytes + SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
     outline = Outline.of_graph(graph)
@@ -192,8 +192,11 @@ def _device(recipe: Recipe, document: TomlDocument) -> Device:
         raise RecipeError([_placed(problem, document) for problem in error.problems]) from error
 
 
-def bundle_facts(origin: Origin, recipe: Recipe) -> Facts:
-    """What the model file says about itself: the source's own words, and that it derives from the source."""
+def bundle_facts(origin: Origin, recipe: Recipe, graph: ModelGraph) -> Facts:
+    """What the model file says about itself: the source's own words, and that it derives from the source.
+
+    How many parameters it has is counted again where they are not those of the source.
+    """
     from dataclasses import replace
 
     from llmpack import __version__
@@ -206,6 +209,8 @@ def bundle_facts(origin: Origin, recipe: Recipe) -> Facts:
     if origin.located.ref.kind == "hf":
         address = f"https://huggingface.co/{origin.located.ref.repository}"
     base |= {"repo_url": address} if address else {}
+    if graph.parameters != origin.graph.parameters:
+        source = replace(source, size_label=None)
     return replace(
         source, quantized_by=f"llmpack {__version__}", base_models=(base,) if recipe.step else source.base_models
     )
@@ -257,7 +262,7 @@ def _disk_needs(
     hidden = next(spec.shape[1] for spec in origin.graph.outside if spec.part == "embedding")
     spilled = 2 * 4 * hidden * (recipe.calibration.tokens if recipe.calibration else 0)
     to_do = [planned for planned in steps if planned.state != "cached"]
-    work = sum(planned.graph.nbytes for planned in to_do) + (spilled if to_do else 0)
+    work = sum(planned.step.copies * planned.graph.nbytes for planned in to_do) + (spilled if to_do else 0)
     if recipe.evaluation is not None:
         work += 4 * hidden * recipe.evaluation.tokens
     wanted: dict[int, DiskNeed] = {}

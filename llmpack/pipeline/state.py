@@ -64,6 +64,7 @@ class StepRecord:
     facts   what the key was computed from
     output  digest of the checkpoint that it wrote
     cached  whether it was done by an earlier build
+    found   what it chose and measured, as JSON values
     """
 
     use: str
@@ -71,6 +72,7 @@ class StepRecord:
     facts: Mapping[str, Any]
     output: str
     cached: bool
+    found: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ class Build:
         return {
             "bundle": str(self.final),
             "model": {"file": self.artifact.path.name, "bytes": self.artifact.nbytes, "sha256": self.artifact.sha256},
-            "steps": [{"use": step.use, "key": step.key, "cached": step.cached} for step in self.steps],
+            "steps": [
+                {"use": step.use, "key": step.key, "cached": step.cached, "found": dict(step.found)}
+                for step in self.steps
+            ],
             "verdict": self.verdict.to_json(),
             "notes": list(self.observed.notes),
         }

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 PARAMETERS = re.compile(r"(\d+(?:\.\d+)?)\s*([KMB])")
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
-def _target(text: str) -> str:
-    if PARAMETERS.fullmatch(text) is None:
-        raise ValueError(f'`{text}` is no number of parameters; write "90M" or "1.2B"')
-    return text
+def _amount(value: Any) -> Any:
+    """One answer to whatever is no amount, in place of one for each kind that there is."""
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    share = isinstance(value, float) and 0 < value < 1
+    target = isinstance(value, str) and PARAMETERS.fullmatch(value) is not None
+    if not (count or share or target):
+        cure = 'write how many go (4), which share (0.25), or the parameters to get down to ("90M")'
+        raise ValueError(f"`{value}` is no amount; {cure}")
+    return value
 
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Target = Annotated[str, AfterValidator(_target)]
-Amount = Count | Share | Target
+Target = Annotated[str, Field(pattern=f"^{PARAMETERS.pattern}$")]
+Amount = Annotated[Count | Share | Target, BeforeValidator(_amount)]
 """``4``: so many. ``0.25``: this share. ``"90M"``: until the model has at most so many parameters."""
 
 

@@ -55,10 +55,11 @@ class PruneDepth(Step):
     choice_tokens: int = Field(default=1024, ge=1, le=2**24)
     """Tokens of calibration text on which blocks are chosen, in whole sequences."""
 
-    heal: Literal["every", "gaps", "none"] = "every"
-    """Which blocks are changed to make up for the lost ones: all behind the first gap, those before a gap, or none."""
+    heal: Literal["best", "every", "gaps", "none"] = "best"
+    """Which blocks are changed to make up for the lost ones: those before a gap, every one behind the first gap too, or
+    none; "best" is whichever of these is nearest to the source on held-out text."""
 
-    damping: float = Field(default=0.01, ge=0, le=10)
+    damping: float = Field(default=0.5, ge=0, le=10)
     """How little healing trusts the calibration text, as a share of the mean square of what it fits on."""
 
     @property
@@ -178,20 +179,23 @@ class PruneDepth(Step):
         self, forward: Forward, stay: Sequence[int], learn: Corpus, held: Corpus, bench: Workbench
     ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         """What healing changes, unless text that it has not seen says that it makes the model worse."""
-        every = self.heal == "every"
-        changed = healed(forward, learn.tokens, stay, damping=self.damping, every=every, progress=bench.progress)
-        states = {
-            name: changed_model(forward, held.tokens, stay, one, bench.progress)
-            for name, one in (("before", {}), ("after", changed))
-        }
+        ways = ("gaps", "every") if self.heal == "best" else (self.heal,)
+        changes: dict[str, dict[str, Tensor]] = {"none": {}}
+        for way in ways:
+            changes[way] = healed(
+                forward, learn.tokens, stay, damping=self.damping, every=way == "every", progress=bench.progress
+            )
+        states = {way: changed_model(forward, held.tokens, stay, one, bench.progress) for way, one in changes.items()}
         kl = mean_kl(*_source(forward, held.tokens, bench), forward, states)
-        words = f"KL {kl['after']:.3g} against {kl['before']:.3g} without healing, on held-out text"
-        if kl["after"] >= kl["before"]:
-            bench.progress.say(f"{self.use}: kept the un-healed weights: {words}")
-            changed = {}
+        best = min(kl.items(), key=lambda item: item[1])[0]
+        said = ", ".join(f"{kl[way]:.3g} ({way})" for way in ways)
+        if best == "none":
+            bench.progress.say(
+                f"{self.use}: kept the un-healed weights: KL {said} against {kl['none']:.3g} on held-out text"
+            )
         else:
-            bench.progress.say(f"{self.use}: healed: {words}")
-        return changed, {"gate": kl | {"kept": "after" if changed else "before"}}
+            bench.progress.say(f"{self.use}: healed: KL {said} against {kl['none']:.3g} without, on held-out text")
+        return changes[best], {"gate": kl, "healed": best}
 
 
 def _without(graph: ModelGraph, dropped: Sequence[int]) -> list[int]:

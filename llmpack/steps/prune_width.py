@@ -41,6 +41,7 @@ class PruneWidth(Step):
     """
 
     version: ClassVar[int] = 1
+    copies: ClassVar[int] = 4
 
     ffn: Amount | None = None
     """Feed-forward channels that go: a number, a share (0.25), or the parameters to get down to ("90M")."""

@@ -41,11 +41,13 @@ class Step(BaseModel):
     """One change to a model. A frozen object; its fields are its options in a recipe.
 
     version  raised when equal options would give other tensors
+    copies   how many times what it makes lies on disk while it works
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     version: ClassVar[int] = 1
+    copies: ClassVar[int] = 1
 
     use: str
     """Name of the step."""

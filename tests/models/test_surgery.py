@@ -169,6 +169,7 @@ def config_of(name, **changes):
         ("gemma3", {"num_hidden_layers": 13}, {"blocks": range(1, 13)}, "repeat every 6 blocks"),
         ("smollm3", {"num_hidden_layers": 9, "no_rope_layers": ...}, {"blocks": range(3, 9)}, "repeat every 4 blocks"),
         ("qwen2", {}, {"groups": 1}, "are not the hidden size 64"),
+        ("llama", {"num_key_value_heads": 4}, {"groups": 3}, "64 is no multiple of 3 heads, which transformers asks"),
         ("granite", {}, {"hidden": 48}, "are not the hidden size 48"),
         ("phi3", {}, {"hidden": 48}, "are not the hidden size 48"),
     ],

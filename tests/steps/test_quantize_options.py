@@ -167,8 +167,10 @@ def test_preview_needs_no_torch():
         "from llmpack.steps import STEPS\n"
         "from llmpack.models import family_of\n"
         f"config = json.loads({json.dumps(json.dumps(dict(TINY)))})\n"
+        "asked = {'prune.depth': {'drop': 1}, 'prune.width': {'ffn': 0.25, 'multiple_of': 32}}\n"
         "for name, kind in STEPS.items():\n"
-        "    kind.model_validate_json(json.dumps({'use': name})).preview(family_of(config).graph(config)).nbytes\n"
+        "    step = kind.model_validate_json(json.dumps({'use': name, **asked.get(name, {})}))\n"
+        "    step.preview(family_of(config).graph(config)).nbytes\n"
         "assert not {'torch', 'transformers', 'llama_cpp'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

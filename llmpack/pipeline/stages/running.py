@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.checkpoint.journal import shard_note
 from llmpack.errors import BudgetMissed, StepFailed
 from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
@@ -14,6 +15,7 @@ from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.memory_cap import capped_memory
 from llmpack.pipeline.plan import STEP, PlannedStep, require_disk, seed_of
 from llmpack.pipeline.state import Build, StepRecord
+from llmpack.steps.blocks import shard_name
 from llmpack.steps.step import Workbench
 
 
@@ -46,7 +48,8 @@ def run(build: Build) -> Build:
             else:
                 checkpoint = _run_step(build, planned, graph, checkpoint, slot, corpus)
             digest, graph = checkpoint.digest, planned.graph
-            records.append(StepRecord(planned.step.use, slot.key, facts, digest, cached))
+            found = shard_note(checkpoint.folder, shard_name(None))
+            records.append(StepRecord(planned.step.use, slot.key, facts, digest, cached, found))
     return replace(build, source=source, corpora=corpus.digests, checkpoint=checkpoint, steps=tuple(records))
 
 
