@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmpack.units import format_size
 
 if TYPE_CHECKING:
+    from llmpack.models.graph import ModelGraph
     from llmpack.pipeline.check import Checked
     from llmpack.pipeline.evaluate import Evaluated
     from llmpack.pipeline.inspection import Inspection
@@ -123,14 +124,24 @@ def show_device(found: Device) -> None:
     print(f"\nrepacked for its fastest kernels (a mapped file then stands in memory twice): {names}")
 
 
+def _makes(graph: ModelGraph, before: ModelGraph) -> str:
+    """What a step makes: the encodings, and the size where that changes."""
+    encodings = ", ".join(_encodings(graph))
+    if graph.parameters == before.parameters:
+        return encodings
+    return f"{encodings}; {graph.parameters:,} parameters in {graph.block_count} blocks"
+
+
 def show_plan(build: Build) -> None:
     """What a build would do and make."""
     plan = build.plan
     source = build.origin.graph
     print(f"{build.recipe.name}: {source.family}, {source.parameters:,} parameters, {source.block_count} blocks")
     print(f"model file: {plan.nbytes:,} bytes ({format_size(plan.nbytes)}), {plan.bits_per_weight:.3f} bits per weight")
+    before = [source, *(step.graph for step in plan.steps)]
     rows = [
-        {"step": step.step.use, "makes": ", ".join(_encodings(step.graph)), "state": step.state} for step in plan.steps
+        {"step": step.step.use, "makes": _makes(step.graph, graph), "state": step.state}
+        for step, graph in zip(plan.steps, before, strict=False)
     ]
     show_table(rows)
     memory = plan.estimate.memory

@@ -8,6 +8,7 @@ STEPS: Table[type[Step]] = Table(
     {
         "prune.depth": "llmpack.steps.prune_depth:PruneDepth",
         "prune.width": "llmpack.steps.prune_width:PruneWidth",
+        "distill": "llmpack.steps.distill:Distill",
         "quantize.rtn": "llmpack.steps.quantize_rtn:QuantizeRtn",
         "quantize.gptq": "llmpack.steps.quantize_gptq:QuantizeGptq",
         "quantize.llamacpp": "llmpack.steps.quantize_llamacpp:QuantizeLlamacpp",
