@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmpack.pipeline.state import Build
     from llmpack.target.budget import Verdict
     from llmpack.target.device import Device
+    from llmpack.target.memory_model import MemoryEstimate
 
 _NUMBER = re.compile(r"-?[\d,.]*( [kKMGT]?i?B)?")
 _COLOURS = {"PASS": "32", "FAIL": "31", "UNMEASURED": "33"}
@@ -133,11 +134,9 @@ def show_plan(build: Build) -> None:
         {"step": step.step.use, "makes": ", ".join(_encodings(step.graph)), "state": step.state} for step in plan.steps
     ]
     show_table(rows)
-    memory = plan.estimate.memory
-    if memory:
+    if plan.estimate.memory:
         print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
-        terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in memory.terms]
-        show_table([*terms, {"part": "in all", "size": format_size(memory.total.value), "why": ""}])
+        show_memory(plan.estimate.memory)
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
     for note in plan.estimate.assumptions:
@@ -145,6 +144,17 @@ def show_plan(build: Build) -> None:
     if plan.verdict.rows:
         print()
         show_verdict(plan.verdict, f"budget, by the estimate alone, for {plan.verdict.device}:")
+
+
+def show_memory(found: MemoryEstimate) -> None:
+    """The terms of a memory estimate, their sum, how much of it is needed, and the other ways to load the model."""
+    rows = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in found.terms]
+    rows.append({"part": "in all", "size": format_size(found.total.value), "why": f'with load = "{found.load}"'})
+    if found.hard < found.total.value:
+        why = "the rest is mapped originals that nothing reads any more; the system may drop their pages"
+        rows.append({"part": "thereof needed", "size": format_size(found.hard), "why": why})
+    show_table(rows)
+    print("\n".join(found.advice))
 
 
 def _encodings(graph: Any) -> list[str]:
