@@ -146,6 +146,6 @@ class Build:
             "bundle": str(self.final),
             "model": {"file": self.artifact.path.name, "bytes": self.artifact.nbytes, "sha256": self.artifact.sha256},
             "steps": [{"use": step.use, "key": step.key, "cached": step.cached} for step in self.steps],
-            "verdict": self.verdict.to_json(),
+            "verdicts": [verdict.to_json() for verdict in self.observed.verdicts],
             "notes": list(self.observed.notes),
         }

@@ -204,8 +204,8 @@ def device_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def device(name: str) -> Device:
-    """The device of that name, or of a profile's file (``name.toml``); "host" probes this machine.
+def device(name: str, folder: Path = Path()) -> Device:
+    """The device of that name, or of a profile's file (``name.toml``, from `folder`); "host" probes this machine.
 
     Raises RecipeError with a suggestion, or with everything that is wrong in the file.
     """
@@ -214,7 +214,7 @@ def device(name: str) -> Device:
 
         return probe_host()
     if name.endswith(".toml"):
-        path = Path(name)
+        path = folder / name
         try:
             return read_device(path.stem, path.read_text("utf-8"), name)
         except (OSError, UnicodeDecodeError) as error:
