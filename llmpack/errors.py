@@ -69,13 +69,18 @@ class RecipeError(_Listed):
 
 
 class BudgetMissed(LlmpackError):
-    """A declared limit failed or could not be measured. `verdict` has the rows."""
+    """A declared limit failed or could not be measured. `verdicts` have the rows, one for each device."""
 
     exit_code = 4
 
-    def __init__(self, message: str, verdict: object | None = None) -> None:
+    def __init__(self, message: str, *verdicts: object) -> None:
         super().__init__(message)
-        self.verdict = verdict
+        self.verdicts = verdicts
+
+    @property
+    def verdict(self) -> object | None:
+        """That of the first device."""
+        return self.verdicts[0] if self.verdicts else None
 
 
 class InputRejected(_Listed):

@@ -112,7 +112,7 @@ def device_rows(found: Device) -> Rows:
 
 _UNITS: dict[str, tuple[float, str]] = {
     "bandwidth": (1e9, "GB/s"),
-    **dict.fromkeys(("arithmetic", "f32", "int8"), (1e9, "GFLOP/s")),
+    **dict.fromkeys(("arithmetic", "f32", "int8", "elementwise"), (1e9, "GFLOP/s")),
     "block_overhead": (1e-6, "us"),
 }
 

@@ -307,11 +307,14 @@ def device_probe(
     session: Session,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.toml", help="Write a profile.")] = None,
     description: Annotated[str, typer.Option("--description", help="What to call this machine.")] = "",
+    runtime: Annotated[
+        bool, typer.Option("--runtime", help="Time the kernels of llama.cpp too (minutes), to predict speed from.")
+    ] = False,
 ) -> None:
     """Measure this machine and write a profile of it; without --out it is printed."""
     from llmpack.cli.probing import probed
 
-    found, text = probed(out, description)
+    found, text = probed(out, description, runtime=runtime)
     session.answer(found.model_dump(mode="json"), lambda: print(text, end=""))
 
 

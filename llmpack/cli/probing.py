@@ -9,15 +9,17 @@ from pathlib import Path
 from llmpack.checkpoint.atomic import write_atomic
 from llmpack.errors import UsageError
 from llmpack.target.device import Device
-from llmpack.target.probe import load_average, probe_host
+from llmpack.target.probe import load_average, probe_host, with_runtime
 from llmpack.target.profile_text import profile_text
 
 BUSY = 0.5
 """Processes for each core, waiting or running over the last minute, from which on the machine counts as busy."""
 
 
-def probed(out: Path | None, description: str) -> tuple[Device, str]:
+def probed(out: Path | None, description: str, *, runtime: bool) -> tuple[Device, str]:
     """This machine and the text of its profile, written to `out` if there is one.
+
+    runtime  time the kernels of llama.cpp too
 
     Raises UsageError for a file that no profile may have, EnvironmentProblem for an unknown architecture.
     """
@@ -27,6 +29,10 @@ def probed(out: Path | None, description: str) -> tuple[Device, str]:
         raise UsageError(f"--out {out}: there is no folder {out.resolve().parent}")
     busy = load_average()
     found = probe_host(rates=True)
+    if runtime:
+        from llmpack.cli.progress import progress
+
+        found = with_runtime(found, progress())
     if busy is not None and busy > BUSY * (found.cores or 1):
         text = f"{busy:.1f} processes wanted to run over the last minute, so the rates are too low"
         print(f"llmpack: {text}; probe again on a quiet machine", file=sys.stderr)

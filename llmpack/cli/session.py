@@ -58,18 +58,18 @@ def describe(error: LlmpackError) -> dict[str, Any]:
             for p in problems
             if isinstance(p, Problem)
         ]
-    verdict = _verdict(error)
-    if verdict is not None:
-        found["verdict"] = verdict.to_json()
+    verdicts = _verdicts(error)
+    if verdicts:
+        found["verdicts"] = [verdict.to_json() for verdict in verdicts]
     return {"error": found}
 
 
-def _verdict(error: LlmpackError) -> Verdict | None:
+def _verdicts(error: LlmpackError) -> list[Verdict]:
     if not isinstance(error, BudgetMissed):
-        return None
+        return []
     from llmpack.target.budget import Verdict
 
-    return error.verdict if isinstance(error.verdict, Verdict) else None
+    return [verdict for verdict in error.verdicts if isinstance(verdict, Verdict)]
 
 
 @contextmanager
@@ -95,11 +95,11 @@ def conduct(session: Session, command: Callable[[], int | None]) -> int:
         if session.json:
             print(json.dumps(describe(error), indent=2, ensure_ascii=False))
         print(f"llmpack: {_headline(error)}", file=sys.stderr)
-        verdict = _verdict(error)
-        if verdict is not None:
-            from llmpack.cli.show import verdict_lines
+        verdicts = _verdicts(error)
+        if verdicts:
+            from llmpack.cli.show import verdicts_lines
 
-            print("\n".join(verdict_lines(verdict)), file=sys.stderr)
+            print("\n".join(verdicts_lines(verdicts)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("llmpack: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmpack.pipeline.state import Build
     from llmpack.target.budget import Verdict
     from llmpack.target.device import Device
+    from llmpack.target.memory_model import MemoryEstimate
 
 _NUMBER = re.compile(r"-?[\d,.]*( [kKMGT]?i?B)?")
 _COLOURS = {"PASS": "32", "FAIL": "31", "UNMEASURED": "33"}
@@ -95,17 +96,26 @@ def verdict_lines(verdict: Verdict) -> list[str]:
     return lines
 
 
-def show_verdict(verdict: Verdict, title: str) -> None:
-    """A verdict and what it comes to."""
-    print(title)
-    print("\n".join(verdict_lines(verdict)))
+def verdicts_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """Verdicts of several devices as one table, with what would mend each row that is not kept; of one as usual."""
+    from llmpack.target.verdict_table import device_rows
+
+    if len(verdicts) == 1:
+        return verdict_lines(verdicts[0])
+    lines = columns(device_rows(verdicts))
+    for verdict in verdicts:
+        for row in verdict.rows:
+            if row.status != "PASS":
+                cure = f"; {row.cure}" if row.cure else ""
+                lines.append(f"  {row.limit} on {verdict.device}: {row.reason or 'the limit is not kept'}{cure}")
+    return lines
 
 
 def show_checked(checked: Checked) -> None:
     """A file judged."""
-    for verdict in checked.verdicts:
-        title = f"{checked.path} for {verdict.device} at {verdict.context} tokens of context, {checked.source}:"
-        show_verdict(verdict, title)
+    names = ", ".join(verdict.device for verdict in checked.verdicts)
+    print(f"{checked.path} for {names} at {checked.verdicts[0].context} tokens of context, {checked.source}:")
+    print("\n".join(verdicts_lines(checked.verdicts)))
     for note in dict.fromkeys(note for found in checked.estimates for note in found.assumptions):
         print(f"note: {note}")
 
@@ -144,18 +154,29 @@ def show_plan(build: Build) -> None:
         for step, graph in zip(plan.steps, before, strict=False)
     ]
     show_table(rows)
-    memory = plan.estimate.memory
-    if memory:
-        print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
-        terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in memory.terms]
-        show_table([*terms, {"part": "in all", "size": format_size(memory.total.value), "why": ""}])
+    for look in plan.outlooks:
+        if look.estimate.memory:
+            print(f"\nmemory at {look.estimate.context} tokens of context on {look.device.name} (estimate):")
+            show_memory(look.estimate.memory)
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
-    for note in plan.estimate.assumptions:
+    for note in dict.fromkeys(note for look in plan.outlooks for note in look.estimate.assumptions):
         print(f"note: {note}")
     if plan.verdict.rows:
-        print()
-        show_verdict(plan.verdict, f"budget, by the estimate alone, for {plan.verdict.device}:")
+        names = ", ".join(verdict.device for verdict in plan.verdicts)
+        print(f"\nbudget, by the estimate alone, for {names}:")
+        print("\n".join(verdicts_lines(plan.verdicts)))
+
+
+def show_memory(found: MemoryEstimate) -> None:
+    """The terms of a memory estimate, their sum, how much of it is needed, and the other ways to load the model."""
+    rows = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in found.terms]
+    rows.append({"part": "in all", "size": format_size(found.total.value), "why": f'with load = "{found.load}"'})
+    if found.hard < found.total.value:
+        why = "the rest is mapped originals that nothing reads any more; the system may drop their pages"
+        rows.append({"part": "thereof needed", "size": format_size(found.hard), "why": why})
+    show_table(rows)
+    print("\n".join(found.advice))
 
 
 def _encodings(graph: Any) -> list[str]:
@@ -164,11 +185,13 @@ def _encodings(graph: Any) -> list[str]:
 
 def show_built(build: Build) -> None:
     """A finished bundle."""
-    artifact, verdict = build.artifact, build.verdict
+    artifact, verdicts = build.artifact, build.observed.verdicts
     bits = build.plan.bits_per_weight
     print(f"{build.final}: {format_size(artifact.nbytes)}, {bits:.3f} bits per weight, sha256 {artifact.sha256}")
-    word = "PASS" if verdict.passes else "FAIL"
-    show_verdict(verdict, f"verdict for {verdict.device} at {verdict.context} tokens of context: {coloured(word)}")
+    word = "PASS" if all(verdict.passes for verdict in verdicts) else "FAIL"
+    names = ", ".join(verdict.device for verdict in verdicts)
+    print(f"verdict for {names} at {build.verdict.context} tokens of context: {coloured(word)}")
+    print("\n".join(verdicts_lines(verdicts)))
     for note in build.observed.notes:
         print(f"note: {note}")
 

@@ -32,7 +32,7 @@ class Card:
     sizes      bytes of the file and numbers in it
     encodings  tensors and bytes by encoding
     quality    lines of what was measured against the source: name, value
-    verdict    rows of the verdict: limit, wanted, found, status, evidence
+    verdict    rows of the verdict, its head first: a column for each device, or found, status and evidence of one
     notes      what a user should know
     recipe     the recipe's text
     """
@@ -46,7 +46,7 @@ class Card:
     relation: str = "quantized"
     encodings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     quality: Sequence[tuple[str, str]] = ()
-    verdict: Sequence[tuple[str, str, str, str, str]] = ()
+    verdict: Sequence[tuple[str, ...]] = ()
     notes: Sequence[str] = ()
 
     def text(self) -> str:
@@ -55,7 +55,7 @@ class Card:
         encodings = [(name, str(count), format_size(nbytes)) for name, (count, nbytes) in self.encodings.items()]
         parts += _table("What is inside", ("encoding", "tensors", "bytes"), encodings)
         parts += _table("Quality against the source", ("measure", "value"), self.quality)
-        parts += _table("Verdict", ("limit", "wanted", "found", "status", "evidence"), self.verdict)
+        parts += _table("Verdict", self.verdict[0], self.verdict[1:]) if self.verdict else []
         if self.notes:
             parts += ["## Notes", "\n".join(f"- {_line(note)}" for note in self.notes)]
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", self.recipe)), default=0))

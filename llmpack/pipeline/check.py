@@ -93,7 +93,7 @@ def check(path: Path, cache: Cache, question: Question) -> Checked:
     if not terms.budget.limits:
         text = 'no limit is declared, so there is nothing to judge; give one like --budget memory="350 MiB"'
         raise UsageError(f"{path}: {text}")
-    devices = _devices(question.devices or (terms.target.device,), terms, packed, document)
+    devices = _devices(question.devices or terms.target.names, terms, packed, document)
     judged = [_judged(packed, terms, chosen, cache, question) for chosen in devices]
     verdicts, estimates, measured = zip(*judged, strict=True)
     return Checked(path, verdicts, estimates, any(measured), question.estimate_only)

@@ -12,7 +12,7 @@ from llmpack.pipeline.manifest import Manifest, Observed, lock, made
 from llmpack.pipeline.plan import totals
 from llmpack.pipeline.state import Build
 from llmpack.target.budget import format_figure
-from llmpack.target.verdict_table import verdict_rows
+from llmpack.target.verdict_table import device_rows, verdict_rows
 
 
 def small_files(build: Build, observed: Observed) -> dict[str, bytes]:
@@ -53,6 +53,12 @@ def _card(build: Build, observed: Observed) -> Card:
             for finding in observed.findings
             if finding.limit.startswith("quality.")
         ],
-        verdict=verdict_rows(observed.verdict),
+        verdict=_verdict_table(observed),
         notes=observed.notes,
     )
+
+
+def _verdict_table(observed: Observed) -> list[tuple[str, ...]]:
+    if observed.others:
+        return device_rows(observed.verdicts)
+    return [("limit", "wanted", "found", "status", "evidence"), *verdict_rows(observed.verdict)]

@@ -33,6 +33,8 @@ class Observed(BaseModel):
 
     findings  every figure with its evidence, so that a verdict can be given again
     reports   measurements in full, by name
+    verdict   for the first device of the recipe
+    others    for the other devices
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +44,13 @@ class Observed(BaseModel):
     reports: dict[str, Any]
     estimate: dict[str, Any]
     verdict: Verdict
+    others: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """For every device."""
+        return (self.verdict, *self.others)
 
 
 @dataclass(frozen=True)

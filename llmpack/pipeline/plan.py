@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.origin import Origin
 from llmpack.pipeline.recipe import Recipe
 from llmpack.pipeline.toml_override import key_of
-from llmpack.pipeline.toml_positions import TomlDocument
+from llmpack.pipeline.toml_positions import Key, TomlDocument, dotted
 from llmpack.runtime.settings import usable_cores
 from llmpack.steps.step import Step
 from llmpack.target.budget import Verdict, judge
@@ -66,6 +66,15 @@ class DiskNeed:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """One device: what the model will take and give there, and the budget judged on that alone."""
+
+    device: Device
+    estimate: Estimate
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a build will do and make.
 
@@ -73,20 +82,38 @@ class Plan:
     nbytes   of the model file, exactly
     disk     of the whole bundle, the small files beside the model estimated
     facts    what the model file will say about itself
-    verdict  the budget judged on the estimate alone
+    outlooks  one for each device of the recipe; `device`, `estimate` and `verdict` are those of the first
     """
 
-    device: Device
+    outlooks: tuple[Outlook, ...]
     steps: tuple[PlannedStep, ...]
     graph: ModelGraph
     nbytes: int
     disk: int
     facts: Facts
     file_format: GgufFormat
-    estimate: Estimate
-    verdict: Verdict
     disk_needs: tuple[DiskNeed, ...]
     threads: int
+
+    @property
+    def device(self) -> Device:
+        """The first device."""
+        return self.outlooks[0].device
+
+    @property
+    def estimate(self) -> Estimate:
+        """That of the first device."""
+        return self.outlooks[0].estimate
+
+    @property
+    def verdict(self) -> Verdict:
+        """That of the first device."""
+        return self.outlooks[0].verdict
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Those of all devices."""
+        return tuple(look.verdict for look in self.outlooks)
 
     @property
     def bits_per_weight(self) -> float:
@@ -96,7 +123,7 @@ class Plan:
     @property
     def misses(self) -> bool:
         """True if a limit is broken already on the estimate, by more than the estimate may be wrong."""
-        return any(row.status == "FAIL" for row in self.verdict.rows)
+        return any(row.status == "FAIL" for verdict in self.verdicts for row in verdict.rows)
 
     def document(self) -> dict[str, Any]:
         """As JSON values."""
@@ -109,8 +136,8 @@ class Plan:
                 {"use": s.step.use, "options": s.step.model_dump(mode="json"), "state": s.state, "key": s.key}
                 for s in self.steps
             ],
-            "estimate": self.estimate.to_json(),
-            "verdict": self.verdict.to_json(),
+            "estimates": [look.estimate.to_json() for look in self.outlooks],
+            "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "disk": [
                 {"folder": str(n.folder), "needed": n.needed, "free": n.free, "for": n.what} for n in self.disk_needs
             ],
@@ -124,7 +151,7 @@ def make_plan(
 
     Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's.
     """
-    chosen = _device(recipe, document)
+    devices = _devices(recipe, document)
     graphs = fold(recipe, document, origin.graph)
     file_format = GgufFormat(recipe.bundle.float)
     last = graphs[-1] if graphs else origin.graph
@@ -133,34 +160,23 @@ def make_plan(
     except StepFailed as error:
         raise RecipeError([document.problem(("bundle", "format"), str(error))]) from error
     trained = graph.config.get("max_position_embeddings")
-    problems = recipe.budget.problems(chosen, trained)
+    problems = list(dict.fromkeys(p for chosen in devices for p in recipe.budget.problems(chosen, trained)))
     if problems:
         raise RecipeError([_placed(problem, document) for problem in problems])
     facts = bundle_facts(origin, recipe, graph)
     nbytes = file_format.nbytes(graph, origin.checkpoint, facts)
     disk = nbytes + SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
     outline = Outline.of_graph(graph)
-    guess = estimate(outline, recipe.runtime, chosen, recipe.budget.context, disk=disk)
-    verdict = judge(
-        recipe.budget,
-        guess.findings(),
-        chosen,
-        accept=recipe.target.accept,
-        cure=cures(outline, recipe.runtime, chosen, recipe.budget.context),
-        missing=guess.missing,
-    )
     threads = recipe.build.threads or usable_cores()
     steps = _states(recipe, graphs, origin, calibration, cache, threads)
     return Plan(
-        device=chosen,
+        outlooks=tuple(_outlook(recipe, outline, chosen, disk) for chosen in devices),
         steps=steps,
         graph=graph,
         nbytes=nbytes,
         disk=disk,
         facts=facts,
         file_format=file_format,
-        estimate=guess,
-        verdict=verdict,
         disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out),
         threads=threads,
     )
@@ -185,11 +201,32 @@ def _placed(problem: Problem, document: TomlDocument, base: tuple[str | int, ...
     return document.problem(key, problem.message, rule=problem.rule)
 
 
-def _device(recipe: Recipe, document: TomlDocument) -> Device:
-    try:
-        return device(recipe.target.device)
-    except RecipeError as error:
-        raise RecipeError([_placed(problem, document) for problem in error.problems]) from error
+def _outlook(recipe: Recipe, outline: Outline, chosen: Device, disk: int) -> Outlook:
+    context = recipe.budget.context
+    guess = estimate(outline, recipe.runtime, chosen, context, disk=disk)
+    verdict = judge(
+        recipe.budget,
+        guess.findings(),
+        chosen,
+        accept=recipe.target.accept,
+        cure=cures(outline, recipe.runtime, chosen, context),
+        missing=guess.missing,
+    )
+    return Outlook(chosen, guess, verdict)
+
+
+def _devices(recipe: Recipe, document: TomlDocument) -> list[Device]:
+    """The devices of a recipe; a profile's file is looked for from the recipe's folder. Raises RecipeError."""
+    found, problems = [], []
+    for index, name in enumerate(recipe.target.names):
+        key: Key = ("target", "devices", index) if recipe.target.devices else ("target", "device")
+        try:
+            found.append(device(name, Path(document.file).parent))
+        except RecipeError as error:
+            problems += [replace(p, path=dotted(key), where=p.where or document.where(key)) for p in error.problems]
+    if problems:
+        raise RecipeError(problems)
+    return found
 
 
 def bundle_facts(origin: Origin, recipe: Recipe, graph: ModelGraph) -> Facts:
@@ -197,8 +234,6 @@ def bundle_facts(origin: Origin, recipe: Recipe, graph: ModelGraph) -> Facts:
 
     How many parameters it has is counted again where they are not those of the source.
     """
-    from dataclasses import replace
-
     from llmpack import __version__
 
     source = origin.facts
@@ -288,8 +323,8 @@ def require_disk(plan: Plan) -> None:
 
 
 def is_host(recipe: Recipe) -> bool:
-    """Whether the bundle is for this machine."""
-    return recipe.target.device == HOST
+    """Whether the bundle is for this machine, among others."""
+    return HOST in recipe.target.names
 
 
 def totals(graph: ModelGraph) -> Mapping[str, tuple[int, int]]:

@@ -151,6 +151,6 @@ class Build:
                 {"use": step.use, "key": step.key, "cached": step.cached, "found": dict(step.found)}
                 for step in self.steps
             ],
-            "verdict": self.verdict.to_json(),
+            "verdicts": [verdict.to_json() for verdict in self.observed.verdicts],
             "notes": list(self.observed.notes),
         }

@@ -46,15 +46,32 @@ class Figure(_Strict, Generic[T]):
 
 
 class Kernel(_Strict):
-    """How fast llmpack's runtime works with one encoding on a machine, all cores together.
+    """How fast llama.cpp works with weights in one encoding, all cores together."""
 
-    For weights `decode` counts the bytes that a token reads; attention counts operations in both.
-    """
-
-    decode: Bandwidth | Flops
-    """When tokens are written one at a time."""
+    decode: Bandwidth
+    """Bytes of weights per second when tokens are written one at a time."""
     prefill: Flops
-    """When a prompt is read."""
+    """Operations per second when a prompt is read."""
+
+    @classmethod
+    def of(cls, decode: float, prefill: float) -> Kernel:
+        """From numbers."""
+        return cls.model_validate({"decode": f"{int(decode)} B/s", "prefill": f"{prefill / 1e9:f} GFLOP/s"})
+
+
+class AttentionRate(_Strict):
+    """How fast llama.cpp attends over a cache of one type with heads of one width, all cores together."""
+
+    decode: Flops
+    """Operations per second when tokens are written one at a time."""
+    prefill: Flops
+    """Operations per second when a prompt is read."""
+
+    @classmethod
+    def of(cls, decode: float, prefill: float) -> AttentionRate:
+        """From numbers."""
+        texts = {"decode": f"{decode / 1e9:f} GFLOP/s", "prefill": f"{prefill / 1e9:f} GFLOP/s"}
+        return cls.model_validate(texts)
 
 
 class Figures(_Strict):
@@ -84,10 +101,12 @@ class Figures(_Strict):
     """Third-level cache that one core sees."""
     kernels: Figure[dict[str, Kernel]] | None = None
     """Rates of llama.cpp by encoding of the weights, measured by `llmpack device probe --runtime`."""
-    attention: Figure[dict[str, Kernel]] | None = None
-    """The same of attention by type of the KV cache and width of a head: "f16@64"."""
+    attention: Figure[dict[str, AttentionRate]] | None = None
+    """Rates of attention by type of the KV cache and width of a head, such as "f16@64"; likewise."""
+    elementwise: Figure[Flops] | None = None
+    """Numbers per second in everything that is no product of matrices, when a prompt is read; likewise."""
     block_overhead: Figure[Seconds] | None = None
-    """Seconds that each block costs a written token whatever its size: threads that wait for each other."""
+    """Seconds that each block costs a written token whatever its size: threads that wait for each other; likewise."""
 
     @field_validator("instruction_sets", mode="before")
     @classmethod
@@ -185,8 +204,8 @@ def device_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def device(name: str) -> Device:
-    """The device of that name, or of a profile's file (``name.toml``); "host" probes this machine.
+def device(name: str, folder: Path = Path()) -> Device:
+    """The device of that name, or of a profile's file (``name.toml``, from `folder`); "host" probes this machine.
 
     Raises RecipeError with a suggestion, or with everything that is wrong in the file.
     """
@@ -195,7 +214,7 @@ def device(name: str) -> Device:
 
         return probe_host()
     if name.endswith(".toml"):
-        path = Path(name)
+        path = folder / name
         try:
             return read_device(path.stem, path.read_text("utf-8"), name)
         except (OSError, UnicodeDecodeError) as error:

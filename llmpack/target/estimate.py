@@ -3,6 +3,9 @@
 decode   one token reads every weight and the KV cache once: bytes / (efficiency x bandwidth)
 prefill  two operations per weight and token, and attention: operations / arithmetic rate
 
+Where a profile has the rates of the runtime's kernels (`llmpack device probe --runtime`), speed follows from those
+instead: see `target.speed_model`.
+
 What a device profile does not say is not estimated. An Estimate is another type than a Measurement:
 it can fail a budget, and passes one only where that is asked for.
 """
@@ -18,6 +21,7 @@ from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
 from llmpack.target.memory_model import Interval, MemoryEstimate
 from llmpack.target.outline import Outline
+from llmpack.target.speed_model import DECODE_ERROR, PREFILL_ERROR, Rates, decode_seconds, prefill_seconds
 
 USUAL_EFFICIENCY = 0.60
 """Share of the nominal bandwidth that decoding reaches on small ARM boards and x86 with one or two channels."""
@@ -126,9 +130,9 @@ def estimate(
         missing["decode"] = note
     elif note:
         assumptions.append(note)
-    prefill = _prefill(outline, device, context)
+    prefill, note = _prefill(outline, settings, device, context)
     if prefill is None:
-        missing["prefill"] = missing["first_token"] = f"the arithmetic rate of {device.name} is unknown"
+        missing["prefill"] = missing["first_token"] = note
     missing["load"] = "the time to load is not estimated"
     return Estimate(
         device=device,
@@ -146,11 +150,17 @@ def estimate(
 
 def _decode(outline: Outline, settings: RuntimeSettings, device: Device, context: int) -> tuple[Interval | None, str]:
     """Tokens per second, and what was assumed; or None and why."""
+    if outline.unmodelled and not any(kept.numbers for kept in outline.kept):
+        return None, outline.unmodelled
+    rates = Rates.of(device)
+    if rates is not None:
+        reason = rates.lacks(outline, settings)
+        if reason:
+            return None, f"{reason} on {device.name}"
+        return Interval.around(1 / decode_seconds(outline, settings, context, rates), DECODE_ERROR), ""
     bandwidth = device.figures.bandwidth
     if bandwidth is None:
         return None, f"the bandwidth of {device.name} is unknown"
-    if outline.unmodelled and not any(kept.numbers for kept in outline.kept):
-        return None, outline.unmodelled
     touched = touched_bytes(outline) + model.cache_bytes(outline, settings, context)
     if device.figures.decode_efficiency:
         share, error, note = device.figures.decode_efficiency.value, SPEED_ERROR, ""
@@ -167,13 +177,22 @@ def touched_bytes(outline: Outline) -> int:
     return int(sum(t.nbytes * t.share for t in read))
 
 
-def _prefill(outline: Outline, device: Device, context: int) -> Interval | None:
+def _prefill(outline: Outline, settings: RuntimeSettings, device: Device, context: int) -> tuple[Interval | None, str]:
+    """Tokens per second; or None and why."""
+    if outline.unmodelled and not any(kept.numbers for kept in outline.kept):
+        return None, outline.unmodelled
+    rates = Rates.of(device)
+    if rates is not None:
+        reason = rates.lacks(outline, settings)
+        if reason:
+            return None, f"{reason} on {device.name}"
+        return Interval.around(context / prefill_seconds(outline, settings, context, rates), PREFILL_ERROR), ""
     arithmetic = device.figures.arithmetic
     if arithmetic is None:
-        return None
+        return None, f"the arithmetic rate of {device.name} is unknown"
     weights = sum(t.parameters * t.share for t in outline.tensors if t.is_linear)
     attention = 2 * outline.blocks * outline.head_rows * context  # scores and values, half masked
-    return Interval.around(arithmetic.value / (2 * weights + attention), SPEED_ERROR)
+    return Interval.around(arithmetic.value / (2 * weights + attention), SPEED_ERROR), ""
 
 
 def _first_token(prefill: Interval | None, context: int) -> Interval | None:

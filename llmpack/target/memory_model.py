@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from llmpack.runtime.settings import RuntimeSettings
-from llmpack.target.outline import Outline, Stored
+from llmpack.target.outline import Outline
+from llmpack.units import format_size
 
 KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
 """Bytes of one number in the KV cache."""
+KV_TYPES = ("f16", "q8_0", "q4_0")
+"""Types that settings may ask for."""
 CONTEXT_PADDING = 256
 MIB = 1 << 20
 
@@ -76,6 +79,7 @@ class MemoryEstimate:
     hard        thereof bytes that cannot be taken back without slowing the model down: of a mapped file whose weights
                 were repacked nothing reads the originals any more, and the system may drop their pages
     other_load  the other load mode, and the resident bytes with it
+    caches      bytes of the KV cache by type, for the types that the settings could have
     """
 
     load: str
@@ -83,6 +87,23 @@ class MemoryEstimate:
     total: Interval
     hard: int
     other_load: tuple[str, int]
+    caches: Mapping[str, int]
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What the other load mode and the other types of cache would take, and which mode to choose."""
+        mode, nbytes = self.other_load
+        saved = self.total.value - nbytes
+        if self.load == "mmap" and saved > 0:
+            text = f"saves {format_size(saved)} at the same speed: recommended"
+        elif saved > 0:
+            text = f"saves {format_size(saved)}"
+        elif saved < 0:
+            text = f"takes {format_size(-saved)} more, for copies beside the mapped originals"
+        else:
+            text = "takes the same: nothing is repacked"
+        caches = ", ".join(f"{format_size(size)} in {kv}" for kv, size in self.caches.items())
+        return (f'load = "{mode}": {format_size(nbytes)}, {text}', f"KV cache: {caches}")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -92,6 +113,7 @@ class MemoryEstimate:
             "terms": [{"name": t.name, "bytes": t.nbytes, "why": t.why} for t in self.terms],
             "hard": self.hard,
             "other_load": {"load": self.other_load[0], "value": self.other_load[1]},
+            "caches": dict(self.caches),
         }
 
 
@@ -115,6 +137,7 @@ def memory(
         total=Interval.around(total, MEMORY_ERROR if outline.verified else UNVERIFIED_ERROR),
         hard=total - (held.replaced if load == "mmap" else 0),
         other_load=(other, total - held.resident(load) + held.resident(other)),
+        caches={kv: cache_bytes(outline, settings.model_copy(update={"kv": kv}), context) for kv in KV_TYPES},
     )
 
 
@@ -167,23 +190,47 @@ class Weights:
         return self.stored + self.repacked - (0 if load == "mmap" else self.replaced)
 
 
-def weights(outline: Outline, instruction_sets: frozenset[str]) -> Weights:
-    """The weights of a model as it stands in the file.
+class Tensor(Protocol):
+    """What of a tensor decides where it stands in memory: a `Stored`, or a `TensorSpec` of a graph."""
 
-    An embedding that is also the output head is looked up in its stored order and multiplied in the
-    repacked one, so it stands in memory twice even where the file is not mapped.
-    """
-    rows = repacked_rows(instruction_sets)
-    copies = [t for t in outline.tensors if _is_repacked(t, rows) and (t.part != "embedding" or outline.tied)]
+    @property
+    def part(self) -> str:
+        """What it is, in the words of recipes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows, columns] for matrices."""
+
+    @property
+    def encoding(self) -> str:
+        """How it is stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes under its encoding."""
+
+
+def weights(outline: Outline, instruction_sets: frozenset[str]) -> Weights:
+    """The weights of a model as it stands in the file."""
+    each = [weights_of(tensor, instruction_sets, tied=outline.tied) for tensor in outline.tensors]
     return Weights(
-        stored=outline.nbytes,
-        repacked=sum(t.nbytes for t in copies),
-        replaced=sum(t.nbytes for t in copies if t.part != "embedding"),
+        stored=sum(one.stored for one in each),
+        repacked=sum(one.repacked for one in each),
+        replaced=sum(one.replaced for one in each),
     )
 
 
-def _is_repacked(tensor: Stored, rows: Mapping[str, int]) -> bool:
-    return len(tensor.shape) == 2 and tensor.encoding in rows and tensor.shape[0] % rows[tensor.encoding] == 0
+def weights_of(tensor: Tensor, instruction_sets: frozenset[str], *, tied: bool) -> Weights:
+    """One tensor as it stands in the file.
+
+    An embedding that is also the output head (`tied`) is looked up in its stored order and multiplied in the
+    repacked one, so it stands in memory twice even where the file is not mapped.
+    """
+    embedding = tensor.part == "embedding"
+    rows = repacked_rows(instruction_sets).get(tensor.encoding)
+    groups = rows is not None and len(tensor.shape) == 2 and tensor.shape[0] % rows == 0
+    copied = tensor.nbytes if groups and (tied or not embedding) else 0
+    return Weights(tensor.nbytes, copied, 0 if embedding else copied)
 
 
 def padded(context: int) -> int:

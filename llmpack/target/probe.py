@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -12,8 +13,10 @@ import numpy as np
 import psutil
 
 from llmpack.errors import EnvironmentProblem
+from llmpack.progress import QUIET, Progress
 from llmpack.runtime.settings import usable_cores
 from llmpack.target.device import HOST, Device
+from llmpack.target.speed_model import Rates
 from llmpack.units import format_size
 
 # /proc/cpuinfo's words for the instruction sets that matter (x86 "flags", ARM "Features")
@@ -39,7 +42,7 @@ def probe_host(*, rates: bool = False) -> Device:
     if machine not in _ARCHES:
         raise EnvironmentProblem(f"the architecture {machine} of this machine is unknown; known: {', '.join(_ARCHES)}")
     model, flags = _cpuinfo()
-    figures = {
+    figures: dict[str, object] = {
         "memory": _measured(f"{memory_of_host()} B", "the system's count, or the container's limit"),
         "cores": _measured(usable_cores(), "physical cores that this process may use"),
     }
@@ -64,6 +67,30 @@ def probe_host(*, rates: bool = False) -> Device:
         "figures": figures,
     }
     return Device.model_validate(table)
+
+
+def with_runtime(found: Device, progress: Progress = QUIET) -> Device:
+    """The device with the kernels of llama.cpp timed too; a minute on two quiet cores. Raises as `time_kernels`."""
+    from llmpack.target.kernel_rates import time_kernels
+
+    return with_rates(found, time_kernels(found.cores or 1, progress=progress))
+
+
+def with_rates(found: Device, rates: Rates) -> Device:
+    """The device with these rates of its kernels."""
+    how = "llama.cpp on blank models with every core, best of three"
+    timed: dict[str, object] = {
+        "kernels": {name: kernel.model_dump(mode="json") for name, kernel in rates.kernels.items()},
+        "attention": {name: rate.model_dump(mode="json") for name, rate in rates.attention.items()},
+        "elementwise": f"{rates.elementwise / 1e9:f} GFLOP/s",
+        "block_overhead": f"{rates.overhead:.9f} s",
+    }
+    if "q8_0" in rates.kernels:
+        timed["int8"] = f"{rates.kernels['q8_0'].prefill / 1e9:f} GFLOP/s"
+    values = found.model_dump(mode="json")
+    figures = {name: figure for name, figure in values["figures"].items() if figure is not None}
+    figures |= {name: _measured(value, how) for name, value in timed.items()}
+    return Device.model_validate_json(json.dumps({**values, "figures": figures}))
 
 
 def is_this_machine(profile: Device) -> bool:

@@ -53,7 +53,7 @@ Seconds = Annotated[
     float,
     Field(gt=0),
     BeforeValidator(parse_seconds),
-    PlainSerializer(lambda seconds: f"{seconds:f} s", return_type=str),
+    PlainSerializer(lambda seconds: f"{seconds:.9f} s", return_type=str),
     _text(_NUMBER + r"(ms|s|min|h)\s*$", "1.5 s"),
 ]
 """Seconds, written with a unit of time."""

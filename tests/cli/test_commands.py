@@ -53,7 +53,7 @@ def test_build_prints_the_verdict_and_answers_json(llmpack, place):
     answer = json.loads(out)
     assert code == 0
     assert answer["steps"][0]["cached"] is True
-    assert {row["status"] for row in answer["verdict"]["rows"]} == {"PASS"}
+    assert {row["status"] for row in answer["verdicts"][0]["rows"]} == {"PASS"}
 
 
 def test_plan_prints_exact_bytes(llmpack, place):
@@ -77,7 +77,7 @@ def test_a_missed_budget_is_exit_4_and_tells_the_rows(llmpack, place):
     assert not (place / "none" / "tiny").exists()
     code, out, _ = llmpack("plan", place / "tiny.toml", "--set", "budget.disk=1MB", "--json")
     assert code == 4
-    assert [row["limit"] for row in json.loads(out)["verdict"]["rows"] if row["status"] == "FAIL"] == ["disk"]
+    assert [row["limit"] for row in json.loads(out)["verdicts"][0]["rows"] if row["status"] == "FAIL"] == ["disk"]
 
 
 def test_check_judges_again_without_measuring(llmpack, place):

@@ -27,7 +27,10 @@ CARD = Card(
     recipe='name = "x"\n',
     encodings={"iq4_nl": (210, 60_000_000), "q8_0": (1, 30_000_000)},
     quality=[("mean KL divergence", "0.053 nats")],
-    verdict=[("memory", "350 MiB", "300 MiB", "PASS", "measured on this machine")],
+    verdict=[
+        ("limit", "wanted", "found", "status", "evidence"),
+        ("memory", "350 MiB", "300 MiB", "PASS", "measured on this machine"),
+    ],
     notes=["the source was quantized already"],
 )
 
@@ -49,6 +52,7 @@ def test_the_text_says_what_is_in_it():
     assert "134.5 million parameters in 87.45 MiB, 5.45 bits each" in text
     assert "| iq4_nl | 210 | 57.22 MiB |" in text
     assert "| mean KL divergence | 0.053 nats |" in text
+    assert "| limit | wanted | found | status | evidence |" in text
     assert "| memory | 350 MiB | 300 MiB | PASS | measured on this machine |" in text
     assert '```toml\nname = "x"\n```' in text
     assert "- the source was quantized already" in text

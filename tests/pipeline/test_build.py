@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from llmpack.errors import (
 from llmpack.formats.gguf import GgufFormat
 from llmpack.pipeline.build import STAGES, build_bundle
 from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.check import Question, check
 from llmpack.pipeline.manifest import Manifest
 from llmpack.pipeline.planning import plan_bundle
 from llmpack.pipeline.state import Order
@@ -219,6 +221,25 @@ def test_another_device_passes_only_where_estimates_are_accepted(order, shared, 
     assert accepted.verdict.on_estimates
     assert any("nothing was measured on raspberry-pi-5-8gb" in note for note in accepted.observed.notes)
     assert "nothing was measured" in (accepted.final / "README.md").read_text()
+
+
+def test_several_devices_are_judged_from_one_build(order, shared, tmp_path):
+    both = 'target.devices=["host", "raspberry-pi-5-8gb"]'
+    with pytest.raises(BudgetMissed) as caught:
+        build_bundle(order(both, cache=Cache(shared)))
+    here, there = caught.value.verdicts
+    assert (here.device, here.passes) == ("host", True)
+    assert (there.device, there.passes) == ("raspberry-pi-5-8gb", False)
+    assert {row.limit: row.status for row in there.rows}["memory"] == "UNMEASURED"
+    made = build_bundle(order(both, "target.accept=estimate", cache=Cache(shared)))
+    assert [verdict.passes for verdict in made.observed.verdicts] == [True, True]
+    assert made.steps[0].cached
+    card = (made.final / "README.md").read_text()
+    assert "| limit | wanted | host | raspberry-pi-5-8gb |" in card
+    assert re.search(r"\| memory \| <= 600 MiB \| [\d.]+ MiB PASS \| [\d.]+ MiB PASS \(estimate\) \|", card)
+    again = check(made.final, Cache(shared), Question())
+    assert [verdict.device for verdict in again.verdicts] == ["host", "raspberry-pi-5-8gb"]
+    assert (again.passed, again.measured) == (True, False)
 
 
 def test_a_file_that_does_not_read_back_is_deleted(order, shared, tmp_path, monkeypatch):

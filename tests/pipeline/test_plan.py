@@ -116,6 +116,12 @@ def test_a_plan_says_what_is_to_do(order):
         (["budget.context=1024"], r"--set budget.context: a context of 1024 is beyond the 512"),
         (["budget.memory=900 TB"], r"--set budget.memory: .* is more than the .* of host"),
         (["target.device=raspberry-pi-6"], r"--set target.device: unknown device `raspberry-pi-6`; did you mean"),
+        (['target.devices=["host", "steam-dek"]'], r"--set target.devices.1: unknown device `steam-dek`; did you mean"),
+        (
+            ['target.devices=["host", "host"]'],
+            r"--set target.devices: devices names host twice|devices names host twice",
+        ),
+        (['target.devices=["host"]', "target.device=steam-deck"], r"exclude each other; name them all in devices"),
         (["source.model=hf:no"], r"--set source.model: 'hf:no' is not hf:org/name@revision"),
         (["source.dtype=f16"], r"--set source.dtype: only a GGUF source is decoded"),
     ],
@@ -124,6 +130,16 @@ def test_what_cannot_work_is_refused_with_its_place(order, overrides, message):
     with pytest.raises(RecipeError) as caught:
         plan_bundle(order(*overrides))
     assert any(re.search(message, str(problem)) for problem in caught.value.problems), caught.value.problems
+
+
+def test_every_device_has_an_outlook(order):
+    plan = plan_bundle(order('target.devices=["raspberry-pi-5-8gb", "raspberry-pi-4-4gb"]')).plan
+    assert [look.device.name for look in plan.outlooks] == ["raspberry-pi-5-8gb", "raspberry-pi-4-4gb"]
+    first, second = (look.estimate.memory for look in plan.outlooks)
+    assert first.total.value > second.total.value  # the older one repacks nothing
+    document = plan.document()
+    assert [verdict["device"] for verdict in document["verdicts"]] == ["raspberry-pi-5-8gb", "raspberry-pi-4-4gb"]
+    assert len(document["estimates"]) == 2
 
 
 def test_steps_that_contradict_are_refused(order, recipe_file):

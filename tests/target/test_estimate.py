@@ -82,6 +82,19 @@ def test_the_terms_add_up_and_the_report_is_json():
     assert found.missing["prefill"] == "the arithmetic rate of raspberry-pi-5-8gb is unknown"
 
 
+def test_the_load_mode_is_recommended_with_its_arithmetic():
+    outline = outline_of(LLAMA_8B, "q4_0", "q8_0")
+    mapped = estimate(outline, RuntimeSettings(), PI, 4096).memory
+    unmapped = estimate(outline, RuntimeSettings(load="no-mmap"), PI, 4096).memory
+    assert mapped.other_load == ("no-mmap", unmapped.total.value)
+    assert mapped.hard == unmapped.total.value
+    assert "at the same speed: recommended" in mapped.advice[0]
+    assert "more, for copies beside the mapped originals" in unmapped.advice[0]
+    assert mapped.advice[1] == "KV cache: 512 MiB in f16, 272 MiB in q8_0, 144 MiB in q4_0"
+    old = estimate(outline, RuntimeSettings(), device("raspberry-pi-4-4gb"), 4096).memory
+    assert old.advice[0].endswith("takes the same: nothing is repacked")
+
+
 def test_speed_of_a_known_device():
     """Llama-3.1-8B at 4.9 GB decodes at 2.17 tok/s on a Raspberry Pi 5: the report behind its profile."""
     outline = outline_of(LLAMA_8B, "q4_1")  # 5.0 bits; the report's Q4_K_M has 4.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -31,8 +32,8 @@ def judge(build: Build) -> Build:
         before, observed = observed, _judged(build, usage, made_at)
         if observed == before:
             break
-    if not observed.verdict.passes:
-        raise BudgetMissed(_headline(observed.verdict), observed.verdict)
+    if not all(verdict.passes for verdict in observed.verdicts):
+        raise BudgetMissed(_headline(observed.verdicts), *observed.verdicts)
     return replace(build, verdict=observed.verdict, observed=observed)
 
 
@@ -49,43 +50,49 @@ def _judged(build: Build, usage: int, made_at: str) -> Observed:
         limit="disk", value=usage, best=usage, evidence=evidence, reason="the whole bundle, in blocks of 4 KiB"
     )
     findings = (*build.findings, disk)
-    guesses = [f for f in planned.estimate.findings(build.artifact.sha256) if f.limit != "disk"]
-    verdict = judge_budget(
-        recipe.budget,
-        (*guesses, *findings),
-        planned.device,
-        accept=recipe.target.accept,
-        cure=cures(Outline.of_graph(planned.graph), recipe.runtime, planned.device, recipe.budget.context),
-        missing=planned.estimate.missing,
+    outline = Outline.of_graph(planned.graph)
+    verdicts = tuple(
+        judge_budget(
+            recipe.budget,
+            (*(f for f in look.estimate.findings(build.artifact.sha256) if f.limit != "disk"), *findings),
+            look.device,
+            accept=recipe.target.accept,
+            cure=cures(outline, recipe.runtime, look.device, recipe.budget.context),
+            missing=look.estimate.missing,
+        )
+        for look in planned.outlooks
     )
     return Observed(
         made_at=made_at,
         findings=findings,
         reports=dict(build.reports),
         estimate=planned.estimate.to_json(),
-        verdict=verdict,
-        notes=_notes(build, verdict),
+        verdict=verdicts[0],
+        others=verdicts[1:],
+        notes=_notes(build, verdicts),
     )
 
 
-def _notes(build: Build, verdict: Verdict) -> tuple[str, ...]:
+def _notes(build: Build, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     """What a user of the bundle should know."""
     config = build.plan.graph.config
     notes = [*build.checked.notes, *family_of(config).notes(config, build.recipe.budget.context)]
     if build.origin.dequantized:
         kinds = ", ".join(f"{count} tensors of {name}" for name, count in build.origin.dequantized.items())
         notes.append(f"the source was quantized already ({kinds}); what that lost is not counted here")
-    if verdict.on_estimates:
-        notes.append(f"some limits pass on an estimate alone: nothing was measured on {verdict.device}")
+    guessed = [verdict.device for verdict in verdicts if verdict.on_estimates]
+    if guessed:
+        notes.append(f"some limits pass on an estimate alone: nothing was measured on {', '.join(guessed)}")
     if build.plan.estimate.memory:
         load, nbytes = build.plan.estimate.memory.other_load
         notes.append(f'with load = "{load}" about {format_size(nbytes)} of memory (estimate)')
     return tuple(notes)
 
 
-def _headline(verdict: Verdict) -> str:
-    missed = [row for row in verdict.rows if row.status != "PASS"]
+def _headline(verdicts: Sequence[Verdict]) -> str:
+    rows = [row for verdict in verdicts for row in verdict.rows]
+    missed = [row for row in rows if row.status != "PASS"]
     failed = sum(row.status == "FAIL" for row in missed)
-    parts = [f"{failed} of {len(verdict.rows)} limits missed"] if failed else []
+    parts = [f"{failed} of {len(rows)} limits missed"] if failed else []
     parts += [f"{len(missed) - failed} not measured"] if len(missed) > failed else []
     return f"{', '.join(parts)}; nothing was published, finished work is kept"

@@ -11,7 +11,7 @@ from llmpack.pipeline.evidence import Original, measurement, needs_measuring, qu
 from llmpack.pipeline.plan import is_host
 from llmpack.pipeline.state import Build
 from llmpack.target.budget import MEASURED_LIMITS, Finding, judge
-from llmpack.target.device import HOST, device
+from llmpack.target.device import HOST, Device, device
 from llmpack.target.protocol import STANDARD
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def measure(build: Build) -> Build:
     if is_host(build.recipe) and needs_measuring(build.recipe.budget):
         found = measurement(
             build.subject,
-            build.plan.device,
+            _host(build),
             build.recipe.budget.context,
             build.cache,
             protocol=build.order.protocol or STANDARD,
@@ -45,6 +45,10 @@ def measure(build: Build) -> Build:
         findings += found.findings
         reports["measurement"] = found.report
     return replace(build, findings=tuple(findings), reports=reports, corpora=corpora)
+
+
+def _host(build: Build) -> Device:
+    return next(look.device for look in build.plan.outlooks if look.device.name == HOST)
 
 
 def _digest(build: Build, evaluation: Text) -> str:
@@ -68,5 +72,5 @@ def _original(build: Build, evaluation: Text, text: str) -> Original:
 
 def _all_kept(build: Build, findings: Sequence[Finding]) -> bool:
     """Whether every limit that must be measured is kept by these figures."""
-    verdict = judge(build.recipe.budget, findings, build.plan.device)
+    verdict = judge(build.recipe.budget, findings, _host(build))
     return all(row.status == "PASS" for row in verdict.rows if row.limit in MEASURED_LIMITS)

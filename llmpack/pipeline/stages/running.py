@@ -25,7 +25,7 @@ def run(build: Build) -> Build:
     Raises BudgetMissed if the plan cannot fit, EnvironmentProblem for lack of disk, StepFailed and its kinds.
     """
     if build.plan.misses:
-        raise BudgetMissed("the plan misses the budget before anything is built", build.plan.verdict)
+        raise BudgetMissed("the plan misses the budget before anything is built", *build.plan.verdicts)
     require_disk(build.plan)
     source = build.origin.digest(build.cache)
     corpus = _Calibration(build)

@@ -1,0 +1,158 @@
+"""The speed model: rates come back from timings that follow from them, and blank models are what they say."""
+
+import pytest
+
+from llmpack.checkpoint.gguf_file import GgufFile
+from llmpack.errors import NumericalError
+from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.settings import RuntimeSettings
+from llmpack.target.blank_model import Shape, write_blank_model
+from llmpack.target.device import AttentionRate, Kernel, device
+from llmpack.target.estimate import estimate
+from llmpack.target.kernel_rates import LONG, NARROW, SHORT, WIDE, Timing, heads_model, solve
+from llmpack.target.outline import Kept, Outline, Stored
+from llmpack.target.probe import with_rates
+from llmpack.target.speed_model import Rates, decode_seconds, prefill_seconds
+
+SMALL = Shape(hidden=64, ffn=128, blocks=2, heads=4, kv_heads=2, head_dim=32, vocab=256, context=512)
+RATES = Rates(
+    {"f16": Kernel.of(12e9, 200e9), "q8_0": Kernel.of(9e9, 150e9), "f32": Kernel.of(12e9, 100e9)},
+    {"f16@64": AttentionRate.of(20e9, 60e9), "f16@128": AttentionRate.of(30e9, 80e9)},
+    3e9,
+    60e-6,
+)
+
+
+def outline(*, tied=True, window=None, heads=4, head_rows=256):
+    """One block of 1000 x 1000 in f16, a head of 500 x 1000 in q8_0."""
+    tensors = [
+        Stored("token_embd.weight", "embedding", (500, 1000), "q8_0", 531_250),
+        Stored("blk.0.ffn_up.weight", "ffn.up", (1000, 1000), "f16", 2_000_000, 0),
+        Stored("blk.0.attn_norm.weight", "norm", (1000,), "f32", 4000, 0),
+    ]
+    if not tied:
+        tensors.append(Stored("output.weight", "output", (500, 1000), "f16", 1_000_000))
+    return Outline("llama", True, tuple(tensors), 500, 1000, 1000, heads, head_rows, (Kept(256, window),), 4096)
+
+
+def test_a_written_token_by_hand():
+    seconds = decode_seconds(outline(), RuntimeSettings(), 100, RATES)
+    assert seconds == pytest.approx(2e6 / 12e9 + 531_250 / 9e9 + 4 * 256 * 100 / 20e9 + 60e-6)
+    seconds = decode_seconds(outline(tied=False), RuntimeSettings(), 100, RATES)
+    assert seconds == pytest.approx(3e6 / 12e9 + 4 * 256 * 100 / 20e9 + 60e-6)
+    assert decode_seconds(outline(window=10), RuntimeSettings(), 100, RATES) == pytest.approx(
+        2e6 / 12e9 + 531_250 / 9e9 + 4 * 256 * 10 / 20e9 + 60e-6
+    )
+
+
+def test_a_read_prompt_by_hand():
+    pairs = sum(min(position, 30) for position in range(1, 101))
+    elements = 8 * 1000 + 4 * 1000 + 4 * 256
+    expected = 100 * 2e6 / 200e9 + 531_250 / 9e9 + 4 * 256 * pairs / 60e9 + 100 * elements / 3e9
+    assert prefill_seconds(outline(window=30), RuntimeSettings(), 100, RATES) == pytest.approx(expected)
+
+
+def test_attention_is_linear_in_the_width_of_a_head():
+    narrow, wide = 4 * 64 / 20e9, 4 * 128 / 30e9
+    assert RATES.pair_seconds("f16", 64, prefill=False) == pytest.approx(narrow)
+    assert RATES.pair_seconds("f16", 128, prefill=False) == pytest.approx(wide)
+    assert RATES.pair_seconds("f16", 96, prefill=False) == pytest.approx((narrow + wide) / 2)
+    assert RATES.pair_seconds("f16", 256, prefill=False) == pytest.approx(narrow + 3 * (wide - narrow))
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "words"),
+    [
+        (lambda tensor: "q4_0", {}, "the kernels of q4_0 were not timed"),
+        (lambda tensor: tensor.encoding, {"kv": "q8_0"}, "attention over a cache in q8_0 was not timed"),
+        (lambda tensor: tensor.encoding, {"flash_attention": "off"}, "without flash attention"),
+    ],
+)
+def test_what_was_not_timed_is_not_predicted(change, settings, words):
+    shaped = outline() if change(outline().tensors[1]) == "f16" else blank(SMALL, "q4_0")
+    assert words in RATES.lacks(shaped, RuntimeSettings(**settings))
+    assert RATES.lacks(outline(), RuntimeSettings()) == ""
+    found = estimate(shaped, RuntimeSettings(**settings), with_rates(device("steam-deck"), RATES), 512)
+    assert (found.decode, found.prefill) == (None, None)
+    assert words in found.missing["decode"]
+    assert words in found.missing["first_token"]
+
+
+def blank(shape, encoding):
+    """The outline of a blank model, from its shape alone."""
+    sizes = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+    tensors = []
+    for name, sides in shape.tensors().items():
+        count = sides[0] * (sides[1] if len(sides) > 1 else 1)
+        kind = encoding if len(sides) > 1 else "f32"
+        block = int(name.split(".")[1]) if name.startswith("blk") else None
+        part = "embedding" if name.startswith("token") else "linear"
+        tensors.append(Stored(name, part, sides, kind, int(count * sizes.get(kind, 4.0)), block))
+    kept = tuple(Kept(2 * shape.kv_heads * shape.head_dim) for _ in range(shape.blocks))
+    return Outline("llama", True, tuple(tensors), shape.vocab, shape.hidden, shape.ffn, shape.heads,
+                   shape.heads * shape.head_dim, kept, shape.context)  # fmt: skip
+
+
+def timed(shape, encoding, rates, kv="f16"):
+    shaped, settings = blank(shape, encoding), RuntimeSettings(kv=kv)
+    return Timing(
+        shaped,
+        prefill_seconds(shaped, settings, SHORT, rates),
+        prefill_seconds(shaped, settings, LONG, rates),
+        decode_seconds(shaped, settings, 16, rates),
+        decode_seconds(shaped, settings, LONG, rates),
+    )
+
+
+def test_rates_come_back_from_the_timings_that_they_give():
+    truth = Rates(
+        {"f16": Kernel.of(12e9, 200e9), "q8_0": Kernel.of(9e9, 150e9), "f32": Kernel.of(12e9, 100e9)},
+        {
+            f"{kv}@{width}": AttentionRate.of(rate * width / 64, 3 * rate)
+            for kv, rate in (("f16", 20e9), ("q8_0", 12e9))
+            for width in (64, 128)
+        },
+        3e9,
+        60e-6,
+    )
+    heads = {name: timed(heads_model(int(name[-3:].strip("@"))), "f16", truth, name.partition("@")[0])
+             for name in truth.attention}  # fmt: skip
+    found = solve({name: timed(WIDE, name, truth) for name in ("f16", "q8_0")}, timed(NARROW, "f16", truth), heads)
+    for name in ("f16", "q8_0"):
+        assert found.kernels[name].decode == pytest.approx(truth.kernels[name].decode, rel=0.03)
+        assert found.kernels[name].prefill == pytest.approx(truth.kernels[name].prefill, rel=0.03)
+    for name, rate in truth.attention.items():
+        assert found.attention[name].decode == pytest.approx(rate.decode, rel=0.01)
+        assert found.attention[name].prefill == pytest.approx(rate.prefill, rel=0.01)
+    assert found.elementwise == pytest.approx(truth.elementwise, rel=0.05)
+    assert found.overhead < 2 * truth.overhead  # the few weights of that model count as overhead too
+    profile = with_rates(device("steam-deck"), found)
+    assert Rates.of(profile).overhead == pytest.approx(found.overhead, rel=1e-4)
+    other = blank(SMALL, "q8_0")
+    predicted = estimate(other, RuntimeSettings(), profile, 512)
+    assert predicted.decode.value == pytest.approx(1 / decode_seconds(other, RuntimeSettings(), 512, truth), rel=0.5)
+    assert predicted.first_token.value == pytest.approx(512 / predicted.prefill.value)
+
+
+def test_timings_that_contradict_each_other_are_refused():
+    heads = {f"f16@{width}": timed(heads_model(width), "f16", RATES) for width in (64, 128)}
+    wide, narrow = timed(WIDE, "f16", RATES), timed(NARROW, "f16", RATES)
+    stalled = Timing(wide.outline, wide.short, wide.long, heads["f16@64"].first / 10, wide.last)
+    with pytest.raises(NumericalError, match="writing in f16 contradict each other; probe again"):
+        solve({"f16": stalled}, narrow, heads)
+
+
+@pytest.mark.parametrize("encoding", ["f16", "q8_0", "q4_0"])
+def test_a_blank_model_runs_and_weighs_what_its_shape_says(tmp_path, encoding):
+    path = write_blank_model(tmp_path / "blank.gguf", SMALL, encoding)
+    read, expected = Outline.of_gguf(GgufFile.open(path)), blank(SMALL, encoding)
+    assert (read.nbytes, read.kept, read.head_rows) == (expected.nbytes, expected.kept, expected.head_rows)
+    with LlamaRuntime() as runtime:
+        runtime.open(path, RuntimeSettings(threads=1), 128)
+        assert runtime.time_prefill([1] * 64) > 0
+        assert len(runtime.time_decode([2] * 3)) == 3
+
+
+def test_rows_that_no_block_divides_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="rows of 64 are not a multiple of the 256 numbers"):
+        write_blank_model(tmp_path / "x.gguf", SMALL, "q4_k")
