@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmpack.encodings.steps import lookup
+from llmpack.encodings.tiles import SLAB, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +125,7 @@ class Grid(ABC):
         """Dense levels of the columns (all, in order, for None); float32."""
 
     @abstractmethod
-    def select_rows(self, rows: Tensor) -> Grid:
+    def select_rows(self, rows: Tensor | slice) -> Grid:
         """The grid of some rows, in the order given."""
 
 
@@ -138,7 +139,10 @@ class Quantized:
 
     def decode(self) -> Tensor:
         """[rows, columns] float32, exactly what the runtime will see."""
-        return self.grid.levels().decode(self.codes.to(torch.int32))
+        values = torch.empty(self.codes.shape, device=self.codes.device)
+        for run in runs(self.codes.shape[0], self.codes.shape[1], SLAB):
+            values[run] = self.grid.select_rows(run).levels().decode(self.codes[run].to(torch.int32))
+        return values
 
     def pack(self) -> np.ndarray:
         """[rows, bytes per row] uint8."""
