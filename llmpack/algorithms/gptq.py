@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.hessian import Factor, factorize
+from llmpack.algorithms.hessian import Factor, factorize, in_order
 from llmpack.encodings.encoding import Grid, GridEncoding, Levels, Quantized
 
 if TYPE_CHECKING:
@@ -165,24 +165,31 @@ def refine(W: Tensor, H: Tensor, start: Quantized, *, sweeps: int = 4) -> Quanti
     mean squared input to the smallest.
     """
     order = torch.argsort(torch.diagonal(H), descending=True, stable=True)
-    columns = _Columns.of([W], [start.grid], order, W.dtype)
-    hessian = H.to(W.dtype).index_select(0, order).index_select(1, order)
-    codes = start.codes.to(torch.int32).T.index_select(0, order).contiguous()
-    for _ in range(sweeps):
-        if not _descend(columns, hessian, codes):
-            break
-    inverse = torch.argsort(order)
-    return Quantized(codes.index_select(0, inverse).T.contiguous(), start.grid, start.encoding)
+    hessian, place = in_order(H, order, W.dtype), torch.argsort(order)
+    refined = torch.empty(start.codes.shape, dtype=torch.uint8, device=W.device)
+    for first in range(0, len(W), ROWS):
+        rows = slice(first, min(first + ROWS, len(W)))
+        columns = _Columns.of([W[rows]], [start.grid.select_rows(rows)], order, W.dtype)
+        codes = start.codes[rows].to(torch.int32).T.index_select(0, order).contiguous()
+        for _ in range(sweeps):
+            if not _descend(columns, hessian, codes):
+                break
+        refined[rows] = codes.index_select(0, place).T
+    return Quantized(refined, start.grid, start.encoding)
 
 
-def objective(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """``tr((W - Q) H (W - Q)^T)``: expected squared error of the outputs, summed over rows (float64)."""
+def objective(W: Tensor, Q: Tensor, H: Tensor, dtype: torch.dtype | None = None) -> float:
+    """``tr((W - Q) H (W - Q)^T)``: expected squared error of the outputs, summed over rows.
+
+    dtype  of the products, float64 unless told; they are summed in float64
+    """
     total = 0.0
     for rows in range(0, len(W), ROWS):
-        error = (W[rows : rows + ROWS] - Q[rows : rows + ROWS]).to(torch.float64)
+        error = (W[rows : rows + ROWS] - Q[rows : rows + ROWS]).to(dtype or torch.float64)
         for columns in range(0, len(H), ROWS):
             some = slice(columns, columns + ROWS)
-            total += float(((error @ H[:, some].to(torch.float64)) * error[:, some]).sum())
+            product = error @ H[:, some].to(error.dtype)
+            total += float(product.mul_(error[:, some]).sum(dtype=torch.float64))
     return total
 
 
@@ -267,11 +274,13 @@ def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, 
     slope  [n, n]: of the errors of this block's columns
     target what each column is to be rounded from, as far as it follows from the blocks before
     """
+    divisor = levels.divisor
     for k in range(len(weight)):
         level = _vector(levels, k)
         if k:
             target[k].addmv_(error[:k].T, slope[k, :k])
-        codes[k] = level.round(target[k])
+        x = target[k] if level.offset is None else target[k] - level.offset
+        codes[k] = level.nearest(x / divisor[k])
         torch.sub(weight[k], level.decode(codes[k]), out=error[k])
 
 

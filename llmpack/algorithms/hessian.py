@@ -101,10 +101,13 @@ class CrossSum:
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.columns = columns
         self.tokens = 0
+        self._whole = False
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
 
     def add(self, reference: Tensor, x: Tensor) -> None:
         """Add pairs [..., columns] of any float dtype; every leading index is a token."""
+        if self._whole:
+            raise ValueError("the mean was taken already; what comes now belongs in another sum")
         r, x = (one.detach().reshape(-1, self.columns) for one in (reference, x))
         with phase("cross moments", tokens=len(x), flops=2.0 * len(x) * self.columns**2):
             for left, right in zip(torch.split(r, CHUNK), torch.split(x, CHUNK), strict=True):
@@ -115,13 +118,16 @@ class CrossSum:
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
-        """``E[r x^T]`` [columns, columns] float32. Raises NumericalError as `HessianSum.mean` does."""
+        """``E[r x^T]`` [columns, columns] float32, in place of the sum. NumericalError as of `HessianSum.mean`."""
         if self.tokens == 0:
             raise NumericalError("no token reached this layer; add calibration text")
-        mean = self._sum / self.tokens
-        if not bool(torch.isfinite(mean).all()):
-            raise NumericalError(f"inputs of this layer were not finite within {self.tokens} calibration tokens")
-        return mean
+        if not self._whole:
+            self._sum.div_(self.tokens)
+            self._whole = True
+        for rows in torch.split(self._sum, TILE):
+            if not bool(torch.isfinite(rows).all()):
+                raise NumericalError(f"inputs of this layer were not finite within {self.tokens} calibration tokens")
+        return self._sum
 
 
 @dataclass(frozen=True)
@@ -203,14 +209,14 @@ def factorize(
     raised: list[float] = []
     for raise_by in RAISES:
         fraction = damping if raise_by == 1.0 else max(damping, SMALLEST_DAMPING) * raise_by
-        damped = torch.where(dead, mean, diagonal) + fraction * mean
-        backwards = _ordered(H, columns.flip(0))
-        torch.diagonal(backwards).copy_(damped.flip(0))
+        raised_diagonal = torch.where(dead, mean, diagonal) + fraction * mean
+        backwards = in_order(H, columns.flip(0), torch.float64)
+        torch.diagonal(backwards).copy_(raised_diagonal.flip(0))
         if _cholesky_in_place(backwards):
             kind = dtype or torch.float64
             room = H if overwrite and H.dtype == kind else torch.empty(H.shape, dtype=kind, device=H.device)
             upper = _flipped(backwards, room)
-            return Factor(columns, upper, damped - diagonal, fraction, tuple(raised), int(dead.sum()))
+            return Factor(columns, upper, raised_diagonal - diagonal, fraction, tuple(raised), int(dead.sum()))
         raised.append(fraction)
     tried = ", ".join(f"{fraction:g}" for fraction in raised)
     raise NumericalError(
@@ -220,9 +226,9 @@ def factorize(
     )
 
 
-def _ordered(H: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of H in an order, float64; no second matrix is made on the way."""
-    ordered = torch.empty(H.shape, dtype=torch.float64, device=H.device)
+def in_order(H: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of H with rows and columns in an order; no other matrix is made on the way."""
+    ordered = torch.empty(H.shape, dtype=dtype, device=H.device)
     for start in range(0, len(order), STRIP):
         ordered[start : start + STRIP] = H.index_select(0, order[start : start + STRIP]).index_select(1, order)
     return ordered

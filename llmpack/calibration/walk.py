@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from llmpack.algorithms.drift import DriftSum
 from llmpack.algorithms.hessian import HessianSum
+from llmpack.allocator import give_back_memory
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -176,10 +177,7 @@ class Visit:
         raise KeyError(f"block {self.index} has no tensor {name!r}")
 
     def weight(self, name: str) -> Tensor:
-        """A copy of a tensor as it is now, float32: of the checkpoint, or what it was replaced with.
-
-        What it was replaced with has the precision of the forward pass.
-        """
+        """A copy of a tensor, float32: of the checkpoint, or what it was replaced with, as the forward pass has it."""
         spec = self._spec(name)
         if name in self._replaced:
             return self._parameter(spec).to(device="cpu", dtype=torch.float32, copy=True)
@@ -210,6 +208,7 @@ class Visit:
         keep = self._observe and not self._drafted
         with self._watched({name: total.add for name, total in sums.items()}, enough=not keep):
             self._run(keep=keep)
+        give_back_memory()
         return sums
 
     def moments(self, inputs: Collection[str] | None = None) -> dict[str, Moments]:
@@ -236,6 +235,7 @@ class Visit:
 
         with self._watched({name: partial(seen.__setitem__, name) for name in sums}):
             self._write_reference(both())
+        give_back_memory()
         return sums
 
     def _widths(self, inputs: Collection[str] | None) -> dict[str, int]:
@@ -288,14 +288,13 @@ class Visit:
                 try:
                     yield self._forward.run(block, hidden)
                 except _SeenAllError as seen:
-                    uncount("forward", 2.0 * hidden.shape[0] * length * self._after(seen.last))
+                    uncount("forward", 2.0 * hidden.shape[0] * length * self._after(str(seen)))
                 done(hidden.shape[0] * length)
 
     def _after(self, inputs: str) -> int:
         """Parameters of the linear maps that read an input or one after it."""
-        groups = self._forward.graph.input_groups(self.index)
-        late = list(groups)[list(groups).index(inputs) :]
-        return sum(spec.parameters for name in late for spec in groups[name])
+        late = list(dropwhile(lambda group: group[0] != inputs, self._forward.graph.input_groups(self.index).items()))
+        return sum(spec.parameters for _, specs in late for spec in specs)
 
     def leave(self) -> None:
         """Called by the walk: see to the inputs of the next block, and give the memory of this one back."""
@@ -306,14 +305,11 @@ class Visit:
         self._activations.begin(self.index + 1)
         self._block = None
         self._replaced.clear()
+        give_back_memory()
 
 
 class _SeenAllError(Exception):
-    """Every input that was asked for has been seen, `last` last; nobody needs the outputs of the block."""
-
-    def __init__(self, last: str) -> None:
-        super().__init__(last)
-        self.last = last
+    """Every input that was asked for has been seen, the one it names last; nobody needs the outputs of the block."""
 
 
 def _give_input(
@@ -383,6 +379,7 @@ def walk(
     work.mkdir(parents=True, exist_ok=True)
     activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference)
     forward = Forward(checkpoint, graph, dtype, device)
+    give_back_memory()
     if start == 0:
         activations.keep_only(None)
         parts = activations.parts() * activations.streams

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmpack.units import format_size
+from llmpack.units import format_seconds, format_size
 
 if TYPE_CHECKING:
     from llmpack.pipeline.check import Checked
     from llmpack.pipeline.evaluate import Evaluated
+    from llmpack.pipeline.host_memory import HostMemory
     from llmpack.pipeline.inspection import Inspection
     from llmpack.pipeline.state import Build
+    from llmpack.profile import Profile
     from llmpack.target.budget import Verdict
     from llmpack.target.device import Device
 
@@ -138,6 +140,7 @@ def show_plan(build: Build) -> None:
         print(f"\nmemory at {plan.estimate.context} tokens of context on {plan.device.name} (estimate):")
         terms = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in memory.terms]
         show_table([*terms, {"part": "in all", "size": format_size(memory.total.value), "why": ""}])
+    _show_host_memory(plan.host_memory)
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
     for note in plan.estimate.assumptions:
@@ -145,6 +148,18 @@ def show_plan(build: Build) -> None:
     if plan.verdict.rows:
         print()
         show_verdict(plan.verdict, f"budget, by the estimate alone, for {plan.verdict.device}:")
+
+
+def _show_host_memory(memory: HostMemory) -> None:
+    """The moment of building that takes most memory, part by part."""
+    silent = [step.use for step in memory.steps if not step.moments]
+    if memory.largest is not None:
+        step, moment = memory.largest
+        limit = "" if memory.limit is None else f", of {format_size(memory.limit)} allowed"
+        print(f"\nmemory to build (predicted): {format_size(moment.nbytes)}{limit}; {step.use}, {moment.name}:")
+        show_table([{"part": part.name, "size": format_size(part.nbytes)} for part in moment.parts if part.nbytes])
+    if silent:
+        print(f"memory to build is not predicted for {', '.join(silent)}")
 
 
 def _encodings(graph: Any) -> list[str]:
@@ -160,6 +175,28 @@ def show_built(build: Build) -> None:
     show_verdict(verdict, f"verdict for {verdict.device} at {verdict.context} tokens of context: {coloured(word)}")
     for note in build.observed.notes:
         print(f"note: {note}")
+
+
+def show_profile(profile: Profile) -> None:
+    """Where the time went; rates are by wall clock."""
+    rows = [
+        {
+            "phase": row["phase"],
+            "time": format_seconds(row["seconds"]),
+            "share": f"{row['share']:.1%}",
+            "processor": format_seconds(row["cpu_seconds"]),
+            "tok/s": _figure(row["tokens_per_second"]),
+            "GFLOP/s": _figure(row["gflops"]),
+            "M weights/s": _figure(row["million_weights_per_second"]),
+        }
+        for row in profile.rows()
+    ]
+    print()
+    show_table(rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def show_quality(found: Evaluated) -> None:

@@ -18,6 +18,7 @@ from llmpack.formats.gguf import GgufFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.corpora import Text
+from llmpack.pipeline.host_memory import HostMemory, host_memory, memory_problem
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.origin import Origin
 from llmpack.pipeline.recipe import Recipe
@@ -74,6 +75,7 @@ class Plan:
     disk     of the whole bundle, the small files beside the model estimated
     facts    what the model file will say about itself
     verdict  the budget judged on the estimate alone
+    host_memory  what the steps take of this machine while they build
     """
 
     device: Device
@@ -87,6 +89,7 @@ class Plan:
     verdict: Verdict
     disk_needs: tuple[DiskNeed, ...]
     threads: int
+    host_memory: HostMemory
 
     @property
     def bits_per_weight(self) -> float:
@@ -109,6 +112,7 @@ class Plan:
                 {"use": s.step.use, "options": s.step.model_dump(mode="json"), "state": s.state, "key": s.key}
                 for s in self.steps
             ],
+            "host_memory": self.host_memory.document(),
             "estimate": self.estimate.to_json(),
             "verdict": self.verdict.to_json(),
             "disk": [
@@ -122,7 +126,8 @@ def make_plan(
 ) -> Plan:
     """Fold a recipe over the graph of its source.
 
-    Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's.
+    Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's, a
+    step that needs more memory than the recipe allows.
     """
     chosen = _device(recipe, document)
     graphs = fold(recipe, document, origin.graph)
@@ -151,6 +156,10 @@ def make_plan(
     )
     threads = recipe.build.threads or usable_cores()
     steps = _states(recipe, graphs, origin, calibration, cache, threads)
+    to_do = [planned.state != "cached" for planned in steps]
+    needs = host_memory(recipe, [origin.graph, *graphs][: len(graphs)], recipe.step, to_do)
+    if (problem := memory_problem(needs, recipe, document)) is not None:
+        raise RecipeError([problem])
     return Plan(
         device=chosen,
         steps=steps,
@@ -163,6 +172,7 @@ def make_plan(
         verdict=verdict,
         disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out),
         threads=threads,
+        host_memory=needs,
     )
 
 
