@@ -27,6 +27,9 @@ else:
 HELD_EVERY = 8
 """One sequence in so many is kept out of the fit."""
 
+STRIP = 1024
+"""Rows that are solved for at once."""
+
 HELD_TOKENS = 1024
 """No more tokens than these are kept: they decide on one number for each matrix."""
 
@@ -65,16 +68,18 @@ class DriftSum:
 
 
 def shift(W: Tensor, moved: Tensor, factor: Factor) -> Tensor:
-    """``S = W E[(r - x) x^T] (H + damping)^-1``, float64: ``W + S`` is the best matrix for inputs that have moved.
+    """``S = W E[(r - x) x^T] (H + damping)^-1``: ``W + S`` is the best matrix for inputs that have moved.
+
+    In the precision of ``factor.upper``, a few rows at a time.
 
     W       [rows, columns]
     moved   [columns, columns], of `DriftSum.moved`
     factor  of the damped H; damping leaves directions that hardly occur as they are
     """
-    moved = moved.to(torch.float64)
+    dtype = factor.upper.dtype
     if W.shape[0] > W.shape[1]:
-        return W.to(torch.float64) @ _over_hessian(moved, factor)
-    return _over_hessian(W.to(torch.float64) @ moved, factor)
+        return W.to(dtype) @ _over_hessian(moved.to(dtype), factor)
+    return _over_hessian(W.to(dtype) @ moved.to(dtype), factor)
 
 
 def true_share(W: Tensor, S: Tensor, held: tuple[Tensor, Tensor] | None) -> float:
@@ -96,12 +101,16 @@ def follow(W: Tensor, S: Tensor, strength: float) -> Tensor:
     The whole of it minimizes the error of this matrix alone, but least squares shrinks what it predicts from
     noisy inputs, and shrinking in every layer adds up; part of it is better for the model.
     """
-    return W.to(torch.float64).add(S, alpha=strength).to(W.dtype)
+    return W.to(torch.promote_types(W.dtype, S.dtype)).add(S, alpha=strength).to(W.dtype)
 
 
 def _over_hessian(left: Tensor, factor: Factor) -> Tensor:
     """``left (R R^T)^-1`` [rows, columns], R being the factor's triangle in its order."""
-    upper = factor.upper.to(torch.float64)
-    half = torch.linalg.solve_triangular(upper, left.index_select(1, factor.order).T, upper=True)
-    solved: Tensor = torch.linalg.solve_triangular(upper.T, half, upper=False).T
-    return solved.index_select(1, torch.argsort(factor.order))
+    solved = torch.empty_like(left)
+    place = torch.argsort(factor.order)
+    for start in range(0, len(left), STRIP):
+        some = left[start : start + STRIP].index_select(1, factor.order).T
+        half = torch.linalg.solve_triangular(factor.upper, some, upper=True)
+        whole = torch.linalg.solve_triangular(factor.upper.T, half, upper=False)
+        solved[start : start + STRIP] = whole.index_select(0, place).T
+    return solved

@@ -10,11 +10,11 @@ triangular factor of H, to which GPTQ is equal column by column (arXiv:2507.1855
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.hessian import Factor, factorize
+from llmpack.algorithms.hessian import Factor, factorize, in_order
 from llmpack.encodings.encoding import Grid, GridEncoding, Levels, Quantized
 
 if TYPE_CHECKING:
@@ -28,13 +28,29 @@ else:
 BLOCK = 128
 """Columns rounded one by one before their errors reach the others in one matrix product."""
 
+ROWS = 2048
+"""Rows that are rounded at once. Rows never see each other: this bounds memory, and keeps a block of columns in a
+core's cache."""
+
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded tensor, and the share of its codes that wanted to lie beyond the ends of the grid."""
+    """A rounded tensor.
+
+    clipped  share of its codes that wanted to lie beyond the ends of the grid
+    error    ``tr((W - Q) H (W - Q)^T)``, H not damped
+    energy   ``tr(W H W^T)``
+    """
 
     quantized: Quantized
     clipped: float
+    error: float
+    energy: float
+
+    @property
+    def relative_error(self) -> float:
+        """The error as a share of the outputs' own energy; 0 where there is none."""
+        return self.error / self.energy if self.energy > 0 else 0.0
 
 
 def gptq(
@@ -69,9 +85,76 @@ def round_together(
     """
     if encoding.joint_columns != 1:
         raise ValueError(f"{encoding.name} has codes that span {encoding.joint_columns} columns; GPTQ needs one")
-    columns = _Columns.of(weights, grids, factor.order, factor.upper.dtype)
-    codes, clipped = _nearest_plane(columns, factor.upper)
-    return _split(columns, codes, clipped, grids, encoding)
+    finished = [_Finished.empty(W) for W in weights]
+    place = torch.argsort(factor.order)
+    for pieces in _pieces([len(W) for W in weights]):
+        some = [grids[at].select_rows(rows) for at, rows in pieces]
+        columns = _Columns.of([weights[at][rows] for at, rows in pieces], some, factor.order, factor.upper.dtype)
+        tile = _nearest_plane(columns, factor)
+        lengths = [rows.stop - rows.start for _, rows in pieces]
+        for (at, rows), part in zip(pieces, tile.split(lengths), strict=True):
+            finished[at].take(rows, part, place)
+    return [one.rounded(grid, encoding) for one, grid in zip(finished, grids, strict=True)]
+
+
+def _pieces(lengths: Sequence[int]) -> Iterator[list[tuple[int, slice]]]:
+    """Rows of matrices, gathered into runs of at most `ROWS`: (matrix, its rows)."""
+    run: list[tuple[int, slice]] = []
+    room = ROWS
+    for at, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            run.append((at, slice(start, stop)))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield run
+                run, room = [], ROWS
+    if run:
+        yield run
+
+
+@dataclass
+class _Tile:
+    """Some rows, rounded: codes [columns, rows] in rounding order; what was clipped, error and energy by row."""
+
+    codes: Tensor
+    clipped: Tensor
+    error: Tensor
+    energy: Tensor
+
+    def split(self, lengths: list[int]) -> list[_Tile]:
+        parts = zip(
+            torch.split(self.codes, lengths, dim=1),
+            *(torch.split(one, lengths) for one in (self.clipped, self.error, self.energy)),
+            strict=True,
+        )
+        return [_Tile(*part) for part in parts]
+
+
+@dataclass
+class _Finished:
+    """A matrix whose rows are rounded tile by tile."""
+
+    codes: Tensor
+    clipped: float = 0.0
+    error: float = 0.0
+    energy: float = 0.0
+
+    @classmethod
+    def empty(cls, W: Tensor) -> _Finished:
+        return cls(torch.empty(W.shape, dtype=torch.uint8, device=W.device))
+
+    def take(self, rows: slice, tile: _Tile, place: Tensor) -> None:
+        self.codes[rows] = tile.codes.index_select(0, place).T
+        self.clipped += float(tile.clipped.sum())
+        self.error += float(tile.error.sum())
+        self.energy += float(tile.energy.sum())
+
+    def rounded(self, grid: Grid, encoding: GridEncoding) -> Rounded:
+        quantized = Quantized(self.codes, grid, encoding)
+        return Rounded(quantized, self.clipped / max(1, self.codes.numel()), max(0.0, self.error), self.energy)
 
 
 def refine(W: Tensor, H: Tensor, start: Quantized, *, sweeps: int = 4) -> Quantized:
@@ -82,19 +165,32 @@ def refine(W: Tensor, H: Tensor, start: Quantized, *, sweeps: int = 4) -> Quanti
     mean squared input to the smallest.
     """
     order = torch.argsort(torch.diagonal(H), descending=True, stable=True)
-    columns = _Columns.of([W], [start.grid], order, W.dtype)
-    hessian = H.to(W.dtype).index_select(0, order).index_select(1, order)
-    codes = start.codes.to(torch.int32).T.index_select(0, order).contiguous()
-    for _ in range(sweeps):
-        if not _descend(columns, hessian, codes):
-            break
-    return _split(columns, codes, torch.zeros_like(codes, dtype=torch.bool), [start.grid], start.encoding)[0].quantized
+    hessian, place = in_order(H, order, W.dtype), torch.argsort(order)
+    refined = torch.empty(start.codes.shape, dtype=torch.uint8, device=W.device)
+    for first in range(0, len(W), ROWS):
+        rows = slice(first, min(first + ROWS, len(W)))
+        columns = _Columns.of([W[rows]], [start.grid.select_rows(rows)], order, W.dtype)
+        codes = start.codes[rows].to(torch.int32).T.index_select(0, order).contiguous()
+        for _ in range(sweeps):
+            if not _descend(columns, hessian, codes):
+                break
+        refined[rows] = codes.index_select(0, place).T
+    return Quantized(refined, start.grid, start.encoding)
 
 
-def objective(W: Tensor, Q: Tensor, H: Tensor) -> float:
-    """``tr((W - Q) H (W - Q)^T)``: expected squared error of the outputs, summed over rows (float64)."""
-    error = (W - Q).to(torch.float64)
-    return float(((error @ H.to(torch.float64)) * error).sum())
+def objective(W: Tensor, Q: Tensor, H: Tensor, dtype: torch.dtype | None = None) -> float:
+    """``tr((W - Q) H (W - Q)^T)``: expected squared error of the outputs, summed over rows.
+
+    dtype  of the products, float64 unless told; they are summed in float64
+    """
+    total = 0.0
+    for rows in range(0, len(W), ROWS):
+        error = (W[rows : rows + ROWS] - Q[rows : rows + ROWS]).to(dtype or torch.float64)
+        for columns in range(0, len(H), ROWS):
+            some = slice(columns, columns + ROWS)
+            product = error @ H[:, some].to(error.dtype)
+            total += float(product.mul_(error[:, some]).sum(dtype=torch.float64))
+    return total
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
@@ -105,18 +201,16 @@ def relative_error(W: Tensor, Q: Tensor, H: Tensor) -> float:
 
 @dataclass
 class _Columns:
-    """Weights and grids with columns as contiguous vectors, in rounding order, all rows stacked."""
+    """Weights and grids with columns as contiguous vectors, in rounding order, the rows of all matrices stacked."""
 
     order: Tensor
     weight: Tensor  # [columns, all rows]
     grids: Sequence[Grid]
-    rows: list[int]
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], grids: Sequence[Grid], order: Tensor, dtype: torch.dtype) -> _Columns:
         stacked = torch.cat([w.to(dtype) for w in weights])
-        weight = stacked.T.index_select(0, order).contiguous()
-        return cls(order, weight, grids, [w.shape[0] for w in weights])
+        return cls(order, stacked.T.index_select(0, order).contiguous(), grids)
 
     def levels(self, start: int, stop: int) -> Levels:
         """Levels of the start-th to stop-th column in rounding order, as [columns, all rows]."""
@@ -143,32 +237,56 @@ def _vector(levels: Levels, index: int) -> Levels:
     )
 
 
-def _nearest_plane(columns: _Columns, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, and where they clipped; both [columns, rows] in rounding order.
+def _nearest_plane(columns: _Columns, factor: Factor) -> _Tile:
+    """Round all rows of `columns`.
 
     With ``H = R R^T`` the objective is the squared length of ``(W - Q) R``. R being upper triangular, entry k
     depends on columns up to k only, and is smallest when column k is rounded from
-    ``W_k + sum_{j<k} (W_j - Q_j) R_jk / R_kk``.
+    ``W_k + sum_{j<k} (W_j - Q_j) R_jk / R_kk``. What is left there, times R_kk, is that entry: the objective is known
+    at the end at no cost, but for what damping added.
     """
-    weight = columns.weight
-    count = weight.shape[0]
-    slope = (upper / torch.diagonal(upper)).T.contiguous()  # slope[k, j] = R_jk / R_kk
+    weight, upper = columns.weight, factor.upper
+    count, rows = weight.shape
+    diagonal = torch.diagonal(upper)
     error = torch.empty_like(weight)
     codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
-    clipped = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    sums = torch.zeros(3, rows, dtype=torch.float64, device=weight.device)
+    clipped, missed, energy = sums
     for start in range(0, count, BLOCK):
         stop = min(start + BLOCK, count)
         levels = columns.levels(start, stop)
-        target = torch.addmm(weight[start:stop], slope[start:stop, :start], error[:start])
-        for k in range(start, stop):
-            level = _vector(levels, k - start)
-            wanted = target[k - start]
-            if k > start:
-                wanted.addmv_(error[start:k].T, slope[k, start:k])
-            codes[k] = level.round(wanted)
-            torch.sub(weight[k], level.decode(codes[k]), out=error[k])
-        clipped[start:stop] = _beyond_the_ends(levels, codes[start:stop], target)
-    return codes, clipped
+        size = diagonal[start:stop]
+        slope = (upper[:stop, start:stop] / size).T.contiguous()  # slope[k - start, j] = R_jk / R_kk
+        target = torch.addmm(weight[start:stop], slope[:, :start], error[:start])
+        _round_block(levels, slope[:, start:], weight[start:stop], target, codes[start:stop], error[start:stop])
+        clipped += _beyond_the_ends(levels, codes[start:stop], target).sum(0)
+        added = factor.added[start:stop].to(weight.dtype)
+        missed += _squares(target - levels.decode(codes[start:stop]), size.square())
+        missed -= _squares(error[start:stop], added)
+        energy += _squares(slope @ weight[:stop], size.square())
+        energy -= _squares(weight[start:stop], added)
+    return _Tile(codes, clipped, missed, energy)
+
+
+def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, codes: Tensor, error: Tensor) -> None:
+    """Round the columns of one block, [n, rows] each; `target`, `codes` and `error` are filled.
+
+    slope  [n, n]: of the errors of this block's columns
+    target what each column is to be rounded from, as far as it follows from the blocks before
+    """
+    divisor = levels.divisor
+    for k in range(len(weight)):
+        level = _vector(levels, k)
+        if k:
+            target[k].addmv_(error[:k].T, slope[k, :k])
+        x = target[k] if level.offset is None else target[k] - level.offset
+        codes[k] = level.nearest(x / divisor[k])
+        torch.sub(weight[k], level.decode(codes[k]), out=error[k])
+
+
+def _squares(values: Tensor, weights: Tensor) -> Tensor:
+    """[rows] float64: sum over columns of weighted squares; values [columns, rows]."""
+    return (values.square() * weights[:, None]).sum(0, dtype=torch.float64)
 
 
 def _beyond_the_ends(levels: Levels, codes: Tensor, target: Tensor) -> Tensor:
@@ -208,16 +326,3 @@ def _descend(columns: _Columns, hessian: Tensor, codes: Tensor) -> bool:
             error[k], codes[k] = now, best
         pull.addmm_(hessian[:, start:stop], moved)
     return changed
-
-
-def _split(
-    columns: _Columns, codes: Tensor, clipped: Tensor, grids: Sequence[Grid], encoding: GridEncoding
-) -> list[Rounded]:
-    """Back to checkpoint layout, one result per matrix."""
-    inverse = torch.argsort(columns.order)
-    parts = torch.split(codes.index_select(0, inverse).T, columns.rows)
-    shares = torch.split(clipped.sum(0, dtype=torch.float64), columns.rows)
-    return [
-        Rounded(Quantized(part.contiguous(), grid, encoding), float(share.mean()) / codes.shape[0])
-        for part, grid, share in zip(parts, grids, shares, strict=True)
-    ]

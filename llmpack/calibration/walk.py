@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from llmpack.algorithms.drift import DriftSum
 from llmpack.algorithms.hessian import HessianSum
+from llmpack.allocator import give_back_memory
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -35,6 +36,7 @@ from llmpack.digest import sha256_value
 from llmpack.errors import StepFailed
 from llmpack.models.forward import BATCH_TOKENS, Block, Forward, batches
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.profile import uncount
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -157,13 +159,16 @@ class Visit:
         self._forward, self._activations, self._progress = forward, activations, progress
         self._observe, self._drafted, self._referred = observe, False, False
         self._block: Block | None = forward.load_block(index)
-        self._replaced: dict[str, Tensor] = {}
+        self._replaced: set[str] = set()
 
     @property
     def _module(self) -> nn.Module:
         if self._block is None:
             raise ValueError(f"the walk has left block {self.index}")
         return self._block.module
+
+    def _parameter(self, spec: TensorSpec) -> nn.Parameter:
+        return self._module.get_parameter(self._forward.module_path(spec))
 
     def _spec(self, name: str) -> TensorSpec:
         for spec in self.specs:
@@ -172,10 +177,10 @@ class Visit:
         raise KeyError(f"block {self.index} has no tensor {name!r}")
 
     def weight(self, name: str) -> Tensor:
-        """A copy of a tensor as it is now, float32: of the checkpoint, or what it was replaced with."""
-        self._spec(name)
+        """A copy of a tensor, float32: of the checkpoint, or what it was replaced with, as the forward pass has it."""
+        spec = self._spec(name)
         if name in self._replaced:
-            return self._replaced[name].clone()
+            return self._parameter(spec).to(device="cpu", dtype=torch.float32, copy=True)
         values = self._forward.checkpoint.read(name).to(torch.float32)
         self._forward.checkpoint.release([name])
         return values
@@ -190,17 +195,20 @@ class Visit:
             raise ValueError(f"this walk only observes; {name} cannot be replaced")
         if tuple(W.shape) != spec.shape:
             raise ValueError(f"{name} is {list(spec.shape)}, its replacement {list(W.shape)}")
-        self._replaced[name] = W.detach().to(device="cpu", dtype=torch.float32).clone()
-        self._module.get_parameter(self._forward.module_path(spec)).copy_(W)
+        self._replaced.add(name)
+        self._parameter(spec).copy_(W)
 
     def hessians(self, inputs: Collection[str] | None = None) -> dict[str, HessianSum]:
         """Second moments of each input of the block (see `TensorSpec.inputs`), over every token of the corpus.
 
-        One forward pass with the weights as they are now. inputs: only these, all for None.
+        One forward pass with the weights as they are now; where its outputs are not kept, it ends at the last of these
+        inputs. inputs: only these, all for None.
         """
         sums = {name: HessianSum(columns, self._forward.device) for name, columns in self._widths(inputs).items()}
-        with self._watched({name: total.add for name, total in sums.items()}):
-            self._run(keep=self._observe and not self._drafted)
+        keep = self._observe and not self._drafted
+        with self._watched({name: total.add for name, total in sums.items()}, enough=not keep):
+            self._run(keep=keep)
+        give_back_memory()
         return sums
 
     def moments(self, inputs: Collection[str] | None = None) -> dict[str, Moments]:
@@ -227,19 +235,31 @@ class Visit:
 
         with self._watched({name: partial(seen.__setitem__, name) for name in sums}):
             self._write_reference(both())
+        give_back_memory()
         return sums
 
     def _widths(self, inputs: Collection[str] | None) -> dict[str, int]:
         groups = self._forward.graph.input_groups(self.index)
         return {name: specs[0].shape[1] for name, specs in groups.items() if inputs is None or name in inputs}
 
-    def _watched(self, take: Mapping[str, Callable[[Tensor], object]]) -> ExitStack:
-        """While it is open, each input of these names is given away whenever the block runs."""
+    def _watched(self, take: Mapping[str, Callable[[Tensor], object]], *, enough: bool = False) -> ExitStack:
+        """While it is open, each input of these names is given away whenever the block runs.
+
+        enough: when all of them are, the block stops with `_SeenAllError`.
+        """
         groups = self._forward.graph.input_groups(self.index)
+        missing = set(take)
+
+        def gave(name: str) -> None:
+            missing.discard(name)
+            if enough and not missing:
+                missing.update(take)
+                raise _SeenAllError(name)
+
         with ExitStack() as hooks:
             for name, receive in take.items():
                 path = self._forward.module_path(groups[name][0]).rpartition(".")[0]
-                give = partial(_give_input, receive)
+                give = partial(_give_input, receive, partial(gave, name))
                 hooks.callback(self._module.get_submodule(path).register_forward_pre_hook(give).remove)
             return hooks.pop_all()
 
@@ -265,8 +285,16 @@ class Visit:
         block = Block(self.index, self._module)
         with self._progress.task(f"block {self.index}", count * length) as done:
             for hidden in self._activations.read(self.index, stream):
-                yield self._forward.run(block, hidden)
+                try:
+                    yield self._forward.run(block, hidden)
+                except _SeenAllError as seen:
+                    uncount("forward", 2.0 * hidden.shape[0] * length * self._after(str(seen)))
                 done(hidden.shape[0] * length)
+
+    def _after(self, inputs: str) -> int:
+        """Parameters of the linear maps that read an input or one after it."""
+        late = list(dropwhile(lambda group: group[0] != inputs, self._forward.graph.input_groups(self.index).items()))
+        return sum(spec.parameters for _, specs in late for spec in specs)
 
     def leave(self) -> None:
         """Called by the walk: see to the inputs of the next block, and give the memory of this one back."""
@@ -277,10 +305,18 @@ class Visit:
         self._activations.begin(self.index + 1)
         self._block = None
         self._replaced.clear()
+        give_back_memory()
 
 
-def _give_input(receive: Callable[[Tensor], object], _: nn.Module, given: tuple[Tensor, ...]) -> None:
+class _SeenAllError(Exception):
+    """Every input that was asked for has been seen, the one it names last; nobody needs the outputs of the block."""
+
+
+def _give_input(
+    receive: Callable[[Tensor], object], then: Callable[[], None], _: nn.Module, given: tuple[Tensor, ...]
+) -> None:
     receive(given[0])
+    then()
 
 
 def _activations(
@@ -343,6 +379,7 @@ def walk(
     work.mkdir(parents=True, exist_ok=True)
     activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference)
     forward = Forward(checkpoint, graph, dtype, device)
+    give_back_memory()
     if start == 0:
         activations.keep_only(None)
         parts = activations.parts() * activations.streams
@@ -351,6 +388,7 @@ def walk(
         raise StepFailed(f"{work} does not hold the inputs of block {start}; delete it and start again")
     for index in range(start, graph.block_count):
         visit = Visit(forward, activations, index, progress, observe)
+        checkpoint.prefetch(spec.name for spec in graph.tensors if spec.block == index + 1)
         yield visit
         if index + 1 < graph.block_count:
             visit.leave()

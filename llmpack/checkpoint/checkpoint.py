@@ -88,6 +88,12 @@ class Checkpoint:
             tensor = self.tensors[name]
             self._files[tensor.file].release(tensor.offset, tensor.nbytes)
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Ask the system to read these tensors meanwhile; nobody holds the memory until they are used."""
+        for name in names:
+            tensor = self.tensors[name]
+            self._files[tensor.file].prefetch(tensor.offset, tensor.nbytes)
+
     def check_finite(self, progress: Progress = QUIET) -> None:
         """Read every tensor once: digest it, and refuse infinities and NaN (rule ``non-finite``).
 

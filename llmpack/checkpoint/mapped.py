@@ -48,3 +48,9 @@ class MappedFile:
         stop = self.size if nbytes is None else offset + nbytes
         if stop > start:
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Let the system read a range ahead, into its cache of files."""
+        if nbytes and hasattr(mmap, "MADV_WILLNEED"):
+            start = offset // _PAGE * _PAGE
+            self.map().madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)

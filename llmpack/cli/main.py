@@ -78,13 +78,18 @@ def build(
     cache: CacheFolder = None,
     no_wait: NoWait = False,
     offline: Offline = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, phase by phase.")] = False,
 ) -> None:
     """Make a bundle: quantize, write, read back, measure, judge. A killed build goes on where it was."""
-    from llmpack.cli.show import show_built
+    from llmpack.cli.show import show_built, show_profile
     from llmpack.pipeline.build import build_bundle
+    from llmpack.profile import profiling
 
-    made = build_bundle(_order(recipe, out, set, cache, no_wait, offline))
-    session.answer(made.summary(), lambda: show_built(made))
+    with profiling() as found:
+        made = build_bundle(_order(recipe, out, set, cache, no_wait, offline))
+    session.answer(made.summary() | ({"profile": found.rows()} if profile else {}), lambda: show_built(made))
+    if profile and not session.json:
+        show_profile(found)
 
 
 @app.command()

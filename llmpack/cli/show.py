@@ -7,14 +7,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmpack.units import format_size
+from llmpack.units import format_seconds, format_size
 
 if TYPE_CHECKING:
     from llmpack.models.graph import ModelGraph
     from llmpack.pipeline.check import Checked
     from llmpack.pipeline.evaluate import Evaluated
+    from llmpack.pipeline.host_memory import HostMemory
     from llmpack.pipeline.inspection import Inspection
     from llmpack.pipeline.state import Build
+    from llmpack.profile import Profile
     from llmpack.target.budget import Verdict
     from llmpack.target.device import Device
     from llmpack.target.memory_model import MemoryEstimate
@@ -158,6 +160,7 @@ def show_plan(build: Build) -> None:
         if look.estimate.memory:
             print(f"\nmemory at {look.estimate.context} tokens of context on {look.device.name} (estimate):")
             show_memory(look.estimate.memory)
+    _show_host_memory(plan.host_memory)
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
     for note in dict.fromkeys(note for look in plan.outlooks for note in look.estimate.assumptions):
@@ -179,6 +182,18 @@ def show_memory(found: MemoryEstimate) -> None:
     print("\n".join(found.advice))
 
 
+def _show_host_memory(memory: HostMemory) -> None:
+    """The moment of building that takes most memory, part by part."""
+    silent = [step.use for step in memory.steps if not step.moments]
+    if memory.largest is not None:
+        step, moment = memory.largest
+        limit = "" if memory.limit is None else f", of {format_size(memory.limit)} allowed"
+        print(f"\nmemory to build (predicted): {format_size(moment.nbytes)}{limit}; {step.use}, {moment.name}:")
+        show_table([{"part": part.name, "size": format_size(part.nbytes)} for part in moment.parts if part.nbytes])
+    if silent:
+        print(f"memory to build is not predicted for {', '.join(silent)}")
+
+
 def _encodings(graph: Any) -> list[str]:
     return list(dict.fromkeys(spec.encoding for spec in graph.tensors if len(spec.shape) > 1))
 
@@ -194,6 +209,28 @@ def show_built(build: Build) -> None:
     print("\n".join(verdicts_lines(verdicts)))
     for note in build.observed.notes:
         print(f"note: {note}")
+
+
+def show_profile(profile: Profile) -> None:
+    """Where the time went; rates are by wall clock."""
+    rows = [
+        {
+            "phase": row["phase"],
+            "time": format_seconds(row["seconds"]),
+            "share": f"{row['share']:.1%}",
+            "processor": format_seconds(row["cpu_seconds"]),
+            "tok/s": _figure(row["tokens_per_second"]),
+            "GFLOP/s": _figure(row["gflops"]),
+            "M weights/s": _figure(row["million_weights_per_second"]),
+        }
+        for row in profile.rows()
+    ]
+    print()
+    show_table(rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def show_quality(found: Evaluated) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmpack.encodings.steps import lookup
+from llmpack.encodings.tiles import SLAB, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,8 +65,15 @@ class Levels:
     def round(self, values: Tensor) -> Tensor:
         """Nearest codes of `values` (shape of `scale`, any float dtype), int32."""
         x = values if self.offset is None else values - self.offset
-        ratio = x / torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
-        ratio = torch.where(self.scale == 0, torch.zeros_like(ratio), ratio)
+        return self.nearest(x / self.divisor)
+
+    @property
+    def divisor(self) -> Tensor:
+        """The scale to divide by: where it is 0 everything is 0 of it."""
+        return torch.where(self.scale == 0, torch.inf, self.scale)
+
+    def nearest(self, ratio: Tensor) -> Tensor:
+        """Nearest codes, int32, of what `round` has divided by the scale; `ratio` is overwritten."""
         if self.table is not None:
             return _nearest(ratio, self.table)
         return (torch.round(ratio) + self.zero).clamp_(0, self.high).to(torch.int32)
@@ -73,7 +81,7 @@ class Levels:
     def decode(self, codes: Tensor) -> Tensor:
         """Values of `codes`, in the dtype of `scale`; the same float operations as llama.cpp's."""
         steps = (
-            (codes - self.zero).to(self.scale.dtype)
+            codes.to(self.scale.dtype) - self.zero
             if self.table is None
             else self.table[codes.long()].to(self.scale.dtype)
         )
@@ -124,7 +132,7 @@ class Grid(ABC):
         """Dense levels of the columns (all, in order, for None); float32."""
 
     @abstractmethod
-    def select_rows(self, rows: Tensor) -> Grid:
+    def select_rows(self, rows: Tensor | slice) -> Grid:
         """The grid of some rows, in the order given."""
 
 
@@ -138,7 +146,10 @@ class Quantized:
 
     def decode(self) -> Tensor:
         """[rows, columns] float32, exactly what the runtime will see."""
-        return self.grid.levels().decode(self.codes.to(torch.int32))
+        values = torch.empty(self.codes.shape, device=self.codes.device)
+        for run in runs(self.codes.shape[0], self.codes.shape[1], SLAB):
+            values[run] = self.grid.select_rows(run).levels().decode(self.codes[run].to(torch.int32))
+        return values
 
     def pack(self) -> np.ndarray:
         """[rows, bytes per row] uint8."""

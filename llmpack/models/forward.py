@@ -23,6 +23,7 @@ from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.tensors import decode
 from llmpack.models import family_of
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.profile import phase
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -178,10 +179,11 @@ class Forward:
         config = self._model.config
         # the config is shared: attention looks its implementation up in it
         module = copy.deepcopy(self._blocks[index], {id(config): config})
-        state = {
-            self._family.module_name(spec.name).removeprefix(path): self._read(spec.name)
-            for spec in self.graph.block(index)
-        }
+        with phase("load weights", numbers=sum(spec.parameters for spec in self.graph.block(index))):
+            state = {
+                self._family.module_name(spec.name).removeprefix(path): self._read(spec.name)
+                for spec in self.graph.block(index)
+            }
         module.load_state_dict(state, strict=True, assign=True)
         return Block(index, module.requires_grad_(False).eval())
 
@@ -193,7 +195,9 @@ class Forward:
     def run(self, block: Block, hidden: Tensor, frame: Frame | None = None) -> Tensor:
         """Hidden states [B, T, D] after a block, in the dtype of the forward pass."""
         frame = frame or self.frame(hidden.shape[0], hidden.shape[1])
-        with torch.no_grad():
+        tokens = hidden.shape[0] * hidden.shape[1]
+        weights = sum(spec.parameters for spec in self.graph.block(block.index) if spec.is_linear)
+        with torch.no_grad(), phase("forward", tokens=tokens, flops=2.0 * tokens * weights):
             output: Tensor = block.module(
                 hidden.to(device=self.device, dtype=self.dtype), **frame.keywords[block.index]
             )

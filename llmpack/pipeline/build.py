@@ -31,6 +31,7 @@ from llmpack.pipeline.stages.recording import record
 from llmpack.pipeline.stages.running import run
 from llmpack.pipeline.stages.writing import write
 from llmpack.pipeline.state import Build, Order
+from llmpack.profile import phase
 
 STAGES: tuple[Stage, ...] = (*PLANNING, run, write, read_back, measure, judge, record)
 
@@ -41,7 +42,8 @@ def build_bundle(order: Order) -> Build:
     build = first(Build(order))
     with reserved(build.cache, build.final):
         for stage in others:
-            build = stage(build)
+            with phase(stage.__name__):
+                build = stage(build)
     return build
 
 

@@ -1,7 +1,9 @@
-"""`[build] memory`, kept: steps run under a limit on the private memory of this process.
+"""`[build] memory`, kept: steps run under a limit on the memory of this process.
 
-Only Linux counts what is allocated (RLIMIT_DATA: private writable memory); mapped weights are not counted, since
-they are dropped block by block. Elsewhere a recipe that sets the limit is refused, because it would mean nothing.
+Only Linux counts what is allocated (RLIMIT_DATA: private writable memory). What a process has reserved and never
+touched is counted too, so the limit is set on what comes on top of what is resident when a step begins. Pages of
+mapped weights are not counted, since they are dropped tensor by tensor. Elsewhere a recipe that sets the limit is
+refused, because it would mean nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llmpack.allocator import give_back_memory
 from llmpack.errors import EnvironmentProblem
+from llmpack.runtime.meter import read_memory
 from llmpack.units import format_size
 
 _TORCH_WORDS = ("can't allocate memory", "not enough memory")
@@ -23,7 +27,7 @@ _LOADED_BEFORE = ("torch", "transformers")
 
 @contextmanager
 def capped_memory(limit: int | None) -> Iterator[None]:
-    """Hold the block to `limit` bytes of private memory; None for no limit.
+    """Hold the block to `limit` bytes of resident memory; None for no limit.
 
     Raises EnvironmentProblem where the block needs more, and where the system cannot count.
     """
@@ -34,10 +38,13 @@ def capped_memory(limit: int | None) -> Iterator[None]:
         raise EnvironmentProblem("[build] memory can be kept on Linux only; leave it out on this system")
     for name in _LOADED_BEFORE:
         importlib.import_module(name)
-    if (held := _held()) >= limit:
-        raise _too_little(limit, f"{format_size(held)} are held before it begins")
+    give_back_memory()
+    resident = read_memory().resident
+    if resident >= limit:
+        raise _too_little(limit, f"{format_size(resident)} are held before it begins")
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    wanted = _private() + limit - resident
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
     try:
         yield
@@ -51,11 +58,8 @@ def capped_memory(limit: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _held() -> int:
-    """Bytes of private writable memory that this process has now: what RLIMIT_DATA counts (proc(5), VmData).
-
-    The kernel refuses only what comes on top, so a limit under this would go unnoticed wherever freed memory is reused.
-    """
+def _private() -> int:
+    """Bytes of private writable memory that this process has now: what RLIMIT_DATA counts (proc(5), VmData)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024

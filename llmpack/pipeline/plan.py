@@ -18,6 +18,7 @@ from llmpack.formats.gguf import GgufFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.corpora import Text
+from llmpack.pipeline.host_memory import HostMemory, host_memory, memory_problem
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.origin import Origin
 from llmpack.pipeline.recipe import Recipe
@@ -83,6 +84,7 @@ class Plan:
     disk     of the whole bundle, the small files beside the model estimated
     facts    what the model file will say about itself
     outlooks  one for each device of the recipe; `device`, `estimate` and `verdict` are those of the first
+    host_memory  what the steps take of this machine while they build
     """
 
     outlooks: tuple[Outlook, ...]
@@ -94,6 +96,7 @@ class Plan:
     file_format: GgufFormat
     disk_needs: tuple[DiskNeed, ...]
     threads: int
+    host_memory: HostMemory
 
     @property
     def device(self) -> Device:
@@ -136,6 +139,7 @@ class Plan:
                 {"use": s.step.use, "options": s.step.model_dump(mode="json"), "state": s.state, "key": s.key}
                 for s in self.steps
             ],
+            "host_memory": self.host_memory.document(),
             "estimates": [look.estimate.to_json() for look in self.outlooks],
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "disk": [
@@ -149,7 +153,8 @@ def make_plan(
 ) -> Plan:
     """Fold a recipe over the graph of its source.
 
-    Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's.
+    Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's, a
+    step that needs more memory than the recipe allows.
     """
     devices = _devices(recipe, document)
     graphs = fold(recipe, document, origin.graph)
@@ -169,6 +174,10 @@ def make_plan(
     outline = Outline.of_graph(graph)
     threads = recipe.build.threads or usable_cores()
     steps = _states(recipe, graphs, origin, calibration, cache, threads)
+    to_do = [planned.state != "cached" for planned in steps]
+    needs = host_memory(recipe, [origin.graph, *graphs][: len(graphs)], recipe.step, to_do)
+    if (problem := memory_problem(needs, recipe, document)) is not None:
+        raise RecipeError([problem])
     return Plan(
         outlooks=tuple(_outlook(recipe, outline, chosen, disk) for chosen in devices),
         steps=steps,
@@ -179,6 +188,7 @@ def make_plan(
         file_format=file_format,
         disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out),
         threads=threads,
+        host_memory=needs,
     )
 
 

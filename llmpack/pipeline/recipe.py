@@ -78,7 +78,8 @@ class BuildSection(Section):
     """`[build]`: the machine that builds."""
 
     memory: Size | None = None
-    """Most private memory that the steps may allocate (Linux); a step that needs more stops. Default: no limit."""
+    """Most resident memory of the steps. A plan that needs more is refused, and the steps are held to it (Linux).
+    Default: what the machine has free."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the steps; part of what makes builds equal byte for byte. Default: the cores of this machine."""
 

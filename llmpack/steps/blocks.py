@@ -15,6 +15,7 @@ from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import encoding
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.profile import phase
 from llmpack.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def write_outside(
     """Write the shard of tensors outside the blocks: matrices encoded, everything else as it is."""
     if writer.finished("outside") is not None:
         return
-    with progress.task("embedding", sum(spec.parameters for spec in target.outside)) as done:
+    numbers = sum(spec.parameters for spec in target.outside)
+    with progress.task("embedding", numbers) as done, phase("embedding and head", numbers=numbers):
         tensors = {}
         for spec in target.outside:
             tensors[spec.name] = _encoded(checkpoint, spec, encode, done)
@@ -106,7 +108,8 @@ def write_block(
         spec.name: treated[spec.name].packed if spec.name in treated else checkpoint.stored(spec.name) for spec in specs
     }
     notes = {name: dict(one.note) for name, one in treated.items() if one.note}
-    writer.write(shard_name(block), tensors, {"tensors": notes})
+    with phase("write block"):
+        writer.write(shard_name(block), tensors, {"tensors": notes})
     checkpoint.release([spec.name for spec in specs])
 
 

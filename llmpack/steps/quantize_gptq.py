@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmpack.algorithms.drift import DriftSum, follow, shift, true_share
-from llmpack.algorithms.gptq import Rounded, refine, relative_error, round_together
-from llmpack.algorithms.hessian import Factor, damped, factorize
-from llmpack.calibration.walk import Visit, resume_point, walk
+from llmpack.algorithms.gptq import Rounded, objective, refine, round_together
+from llmpack.algorithms.hessian import Factor, HessianSum, damping_level, factorize
+from llmpack.allocator import give_back_memory
+from llmpack.calibration.walk import Moments, Visit, resume_point, walk
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import ENCODINGS, encoding
-from llmpack.encodings.encoding import GridEncoding, Quantized
+from llmpack.encodings.encoding import Grid, GridEncoding
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.profile import phase
 from llmpack.progress import Progress
 from llmpack.steps.blocks import (
     Treated,
@@ -30,6 +32,7 @@ from llmpack.steps.blocks import (
     write_block,
     write_outside,
 )
+from llmpack.steps.host_memory import Batch, Moment, Walk, walk_moments
 from llmpack.steps.quantize import Quantize
 from llmpack.steps.step import Workbench
 
@@ -49,7 +52,7 @@ class QuantizeGptq(Quantize):
     are those that it will really see: outputs of the blocks rounded before it.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     damping: float = Field(default=0.03, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less. 0.03 is
@@ -81,6 +84,13 @@ class QuantizeGptq(Quantize):
         if issubclass(kind, GridEncoding) and kind.joint_columns != 1:
             return f"codes of {name} span {kind.joint_columns} columns; use quantize.rtn for them"
         return None
+
+    def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
+        """One block, the second moments of its inputs, one of them factored; more with correction and refinement."""
+        if batch is None:
+            return ()
+        kind = Walk(factored=True, reference=self.correction > 0, refined=self.refine > 0)
+        return tuple(walk_moments(graph, self.preview(graph), batch, kind))
 
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
         """Write the rounded checkpoint to ``bench.folder``."""
@@ -114,49 +124,66 @@ class QuantizeGptq(Quantize):
 
     def _block(self, visit: Visit, target: ModelGraph, progress: Progress) -> dict[str, Treated]:
         treated: dict[str, Treated] = {}
-        moments = visit.moments() if self.correction else {}
-        sums = {} if moments else visit.hessians()
+        gathered: dict[str, Any] = dict(visit.moments() if self.correction else visit.hessians())
         for inputs, specs in target.input_groups(visit.index).items():
             with at_block(self.use, visit.index, specs):
-                both = moments.pop(inputs, None)
-                H = both.own.mean() if both else sums.pop(inputs).mean()
-                treated |= self._group(visit, specs, H, both.drift if both else None, progress)
+                treated |= self._group(visit, specs, gathered.pop(inputs), progress)
+            give_back_memory()
         return treated
 
     def _group(
-        self, visit: Visit, specs: Sequence[TensorSpec], H: Tensor, drift: DriftSum | None, progress: Progress
+        self, visit: Visit, specs: Sequence[TensorSpec], gathered: Moments | HessianSum, progress: Progress
     ) -> dict[str, Treated]:
-        """Matrices that read one input: those of one encoding are rounded together."""
+        """Matrices that read one input: those of one encoding are rounded together. Nothing else holds `gathered`."""
+        own, drift = (gathered.own, gathered.drift) if isinstance(gathered, Moments) else (gathered, None)
+        H = own.mean()
+        del own, gathered
+        importance = torch.diagonal(H).clone()
         factor = self._factor(H, visit.index, specs, progress)
+        weights, strengths = self._weights(visit, specs, drift, factor)
+        drift = None
+        if factor is not None and self.refine:
+            torch.diagonal(H).add_(damping_level(H, factor.damping))  # from here on H is damped
         treated: dict[str, Treated] = {}
         for name in dict.fromkeys(spec.encoding for spec in specs):
             chosen = [spec for spec in specs if spec.encoding == name]
-            weights = [visit.weight(spec.name) for spec in chosen]
-            kind = encoding(name)
+            some, kind = [weights.pop(spec.name) for spec in chosen], encoding(name)
             if not isinstance(kind, GridEncoding):
-                for spec, W in zip(chosen, weights, strict=True):
+                for spec, W in zip(chosen, some, strict=True):
                     treated[spec.name] = Treated(packed_as(spec, kind.encode(W)))
                     visit.replace(spec.name, kind.decode(treated[spec.name].packed.data, W.shape[1]))
                 continue
-            strengths = [0.0] * len(weights)
-            if drift is not None and factor is not None:
-                weights, strengths = _following(weights, drift, factor, self.correction)
-            rounded = _round(weights, H, factor, kind)
-            if factor is not None and self.refine:
-                stiff = damped(H, factor.damping)
-                rounded = [_refined(W, stiff, one, self.refine) for W, one in zip(weights, rounded, strict=True)]
-            for spec, W, one, strength in zip(chosen, weights, rounded, strengths, strict=True):
-                Q = one.quantized.decode()
-                visit.replace(spec.name, Q)
-                note = {"error": relative_error(W, Q, H), "clipped": one.clipped, **_of_factor(factor)}
-                if drift is not None:
-                    note["correction"] = strength
-                treated[spec.name] = Treated(packed_as(spec, one.quantized.pack()), note)
+            grids = _fit(some, importance, kind)
+            rounded = _nearest(some, grids, kind, H) if factor is None else _round(some, grids, kind, factor)
+            for spec, W, one in zip(chosen, some, rounded, strict=True):
+                best = one if factor is None or not self.refine else _refined(W, H, one, self.refine, factor)
+                with phase("pack", numbers=spec.parameters):
+                    visit.replace(spec.name, best.quantized.decode())
+                    note = {"error": best.relative_error, "clipped": best.clipped, **_of_factor(factor)}
+                    if spec.name in strengths:
+                        note["correction"] = strengths[spec.name]
+                    treated[spec.name] = Treated(packed_as(spec, best.quantized.pack()), note)
         return treated
+
+    def _weights(
+        self, visit: Visit, specs: Sequence[TensorSpec], drift: DriftSum | None, factor: Factor | None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The matrices by name, made to follow what has moved; and how far, of those that could follow."""
+        weights = {spec.name: visit.weight(spec.name) for spec in specs}
+        if drift is None:
+            return weights, {}
+        names = [spec.name for spec in specs if isinstance(encoding(spec.encoding), GridEncoding)]
+        if factor is None or not names:
+            return weights, dict.fromkeys(names, 0.0)
+        with phase("follow inputs", numbers=sum(weights[name].numel() for name in names)):
+            moved, strengths = _following([weights[name] for name in names], drift, factor, self.correction)
+        return weights | dict(zip(names, moved, strict=True)), dict(zip(names, strengths, strict=True))
 
     def _factor(self, H: Tensor, block: int, specs: Sequence[TensorSpec], progress: Progress) -> Factor | None:
         try:
-            factor = factorize(H, self.damping, self.order)
+            with phase("factorize", flops=len(H) ** 3 / 3):
+                # refining needs H itself; without it the factor takes its memory
+                factor = factorize(H, self.damping, self.order, torch.float32, overwrite=not self.refine)
         except NumericalError as error:
             if self.on_failure == "stop":
                 raise
@@ -178,21 +205,38 @@ def _following(
     return [follow(W, S, much) for W, S, much in zip(weights, shifts, strengths, strict=True)], strengths
 
 
-def _round(weights: Sequence[Tensor], H: Tensor, factor: Factor | None, kind: GridEncoding) -> list[Rounded]:
-    grids = [kind.fit(W, torch.diagonal(H)) for W in weights]
-    if factor is None:
-        rounded: list[Quantized] = [kind.round(W, grid) for W, grid in zip(weights, grids, strict=True)]
-        return [Rounded(one, 0.0) for one in rounded]
-    return round_together(weights, factor, grids, kind)
+def _fit(weights: Sequence[Tensor], importance: Tensor, kind: GridEncoding) -> list[Grid]:
+    with phase("search scales", numbers=sum(W.numel() for W in weights)):
+        return [kind.fit(W, importance) for W in weights]
 
 
-def _refined(W: Tensor, H: Tensor, start: Rounded, rounds: int) -> Rounded:
-    """Scales and codes in turn, each the best for the others; the error only falls."""
+def _round(weights: Sequence[Tensor], grids: Sequence[Grid], kind: GridEncoding, factor: Factor) -> list[Rounded]:
+    numbers = sum(W.numel() for W in weights)
+    with phase("round", numbers=numbers, flops=2.0 * numbers * len(factor.order)):
+        return round_together(weights, factor, grids, kind)
+
+
+def _nearest(weights: Sequence[Tensor], grids: Sequence[Grid], kind: GridEncoding, H: Tensor) -> list[Rounded]:
+    """What is left where a Hessian does not factor."""
+    rounded = []
+    for W, grid in zip(weights, grids, strict=True):
+        one = kind.round(W, grid)
+        energy = objective(W, torch.zeros_like(W), H)
+        rounded.append(Rounded(one, clipped=0.0, error=objective(W, one.decode(), H), energy=energy))
+    return rounded
+
+
+def _refined(W: Tensor, stiff: Tensor, start: Rounded, rounds: int, factor: Factor) -> Rounded:
+    """Scales and codes in turn, each the best for the others under the damped Hessian; the error only falls."""
     found = start.quantized
-    for _ in range(rounds):
-        grid = found.encoding.refit(found.codes, found.grid, W, H)
-        found = refine(W, H, replace(found, grid=grid), sweeps=1)
-    return Rounded(found, start.clipped)
+    with phase("refine", numbers=rounds * W.numel()):
+        for _ in range(rounds):
+            grid = found.encoding.refit(found.codes, found.grid, W, stiff)
+            found = refine(W, stiff, replace(found, grid=grid), sweeps=1)
+        Q = found.decode()
+        level = float(factor.added.min())  # what damping added to every column, the dead ones too
+        error = objective(W, Q, stiff, torch.float32) - level * float((W - Q).square().sum(dtype=torch.float64))
+    return replace(start, quantized=found, error=max(0.0, error))
 
 
 def _of_factor(factor: Factor | None) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from llmpack.calibration.walk import resume_point, walk
+from llmpack.calibration.walk import Visit, resume_point, walk
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import encoding
@@ -22,6 +22,7 @@ from llmpack.steps.blocks import (
     write_block,
     write_outside,
 )
+from llmpack.steps.host_memory import Batch, Moment, Walk, plain_moments, walk_moments
 from llmpack.steps.quantize import Quantize
 from llmpack.steps.step import Workbench
 
@@ -51,6 +52,13 @@ class QuantizeRtn(Quantize):
     def needs_corpus(self) -> bool:
         """Only to weigh inputs."""
         return self.importance
+
+    def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
+        """One block and the second moments of its inputs; without importance one matrix."""
+        target = self.preview(graph)
+        if batch is None:
+            return tuple(plain_moments(target))
+        return tuple(walk_moments(graph, target, batch, Walk(factored=False)))
 
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
         """Write the rounded checkpoint to ``bench.folder``."""
@@ -96,5 +104,9 @@ def importances(
     visits = walk(checkpoint, graph, bench.corpus, work=bench.work, start=start, progress=bench.progress, observe=True)
     for visit in visits:
         if writer.finished(shard_name(visit.index)) is None:
-            sums = visit.hessians()
-            yield visit.index, {name: torch.diagonal(total.mean()).clone() for name, total in sums.items()}
+            yield visit.index, _mean_squares(visit)
+
+
+def _mean_squares(visit: Visit) -> dict[str, Tensor]:
+    """Of every column of each input; the second moments themselves are not kept."""
+    return {name: torch.diagonal(total.mean()).clone() for name, total in visit.hessians().items()}

@@ -15,6 +15,7 @@ from llmpack.progress import QUIET, Progress
 if TYPE_CHECKING:
     from llmpack.calibration.corpus import Corpus
     from llmpack.checkpoint.checkpoint import Checkpoint
+    from llmpack.steps.host_memory import Batch, Moment
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class Step(BaseModel):
 
         Raises RecipeError with every tensor that cannot be treated as the options ask, and the cure.
         """
+
+    def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
+        """What `run` takes of memory on the machine that builds, moment by moment; nothing where it cannot say.
+
+        batch  tokens that run through a block at once, None for steps that read no text
+        """
+        return ()
 
     @abstractmethod
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:

@@ -19,7 +19,6 @@ from llmpack.digest import sha256_file
 from llmpack.errors import (
     BudgetMissed,
     Busy,
-    EnvironmentProblem,
     RecipeError,
     StepFailed,
     UsageError,
@@ -328,9 +327,12 @@ def test_overrides_are_in_the_lock(order, shared):
     assert GgufFile.open(made.final / "model.gguf").encodings["q4_0"] == 14
 
 
-def test_a_step_is_held_to_the_memory_of_the_recipe(order, tmp_path):
-    with pytest.raises(EnvironmentProblem, match=r"needs more than \[build\] memory = 16 MiB"):
-        build_bundle(order("build.memory=16 MiB", cache=Cache(tmp_path / "cache")))
+def test_a_step_that_needs_more_than_the_recipe_allows_is_refused_before_anything_runs(order, tmp_path):
+    watcher = Watcher()
+    with pytest.raises(RecipeError, match=r"(?s)build\.memory.*16 MiB is too little.* memory = \"\d+ MiB\"") as caught:
+        build_bundle(order("build.memory=16 MiB", cache=Cache(tmp_path / "cache"), progress=watcher))
+    assert caught.value.exit_code == 3
+    assert watcher.titles == []
     assert left_in(tmp_path / "out") == []
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
 

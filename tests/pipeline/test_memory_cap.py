@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import resource
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from llmpack.allocator import give_back_memory
 from llmpack.errors import EnvironmentProblem
 from llmpack.pipeline.memory_cap import capped_memory
+from llmpack.runtime.meter import read_memory
 
 MIB = 1024**2
 MUCH = 512 * MIB
 """More than the allocators of the tests can have kept for reuse in one piece."""
-
-
-def private_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData"))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +25,8 @@ def private_bytes() -> int:
 )
 def test_what_comes_on_top_is_refused_and_the_limit_is_lifted_again(allocate):
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = private_bytes() + 64 * MIB
+    give_back_memory()
+    limit = read_memory().resident + 64 * MIB
     with pytest.raises(EnvironmentProblem, match="Finished blocks are kept"), capped_memory(limit):
         allocate()
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
@@ -42,5 +39,5 @@ def test_a_limit_under_what_is_held_already_is_refused_at_once():
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="another matter"), capped_memory(private_bytes() + 2 * MUCH):
+    with pytest.raises(RuntimeError, match="another matter"), capped_memory(read_memory().resident + 2 * MUCH):
         raise RuntimeError("another matter")

@@ -11,6 +11,7 @@ from llmpack.errors import BudgetMissed, StepFailed
 from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Slot
+from llmpack.pipeline.host_memory import require_free_memory
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.memory_cap import capped_memory
 from llmpack.pipeline.plan import STEP, PlannedStep, require_disk, seed_of
@@ -22,11 +23,12 @@ from llmpack.steps.step import Workbench
 def run(build: Build) -> Build:
     """Fill in `source`, `corpora`, `checkpoint` and `steps`.
 
-    Raises BudgetMissed if the plan cannot fit, EnvironmentProblem for lack of disk, StepFailed and its kinds.
+    Raises BudgetMissed if the plan cannot fit, EnvironmentProblem for lack of disk or memory, StepFailed and its kinds.
     """
     if build.plan.misses:
         raise BudgetMissed("the plan misses the budget before anything is built", *build.plan.verdicts)
     require_disk(build.plan)
+    require_free_memory(build.plan.host_memory, build.recipe)
     source = build.origin.digest(build.cache)
     corpus = _Calibration(build)
     checkpoint, digest, graph = build.origin.checkpoint, source, build.origin.graph

@@ -1,0 +1,27 @@
+"""The allocator of the C library, asked to give freed memory back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+
+@cache
+def _library() -> Any:
+    """glibc, or None where the C library is another one."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") else None
+
+
+def give_back_memory() -> None:
+    """Return freed pages of the heap to the system, so that resident memory is what is in use (glibc only).
+
+    glibc keeps freed pieces of up to 32 MiB for reuse; without this, each phase of a block would leave its own behind.
+    """
+    library = _library()
+    if library is not None:
+        library.malloc_trim(0)
