@@ -40,6 +40,8 @@ class Distill(Step):
     """
 
     version: ClassVar[int] = 1
+    trains: ClassVar[bool] = True
+    copies: ClassVar[int] = 5  # the state with the optimizer's moments, and the best numbers
 
     train: Literal["full", "lora", "norms"] = "full"
     """What learns: every number, thin matrices added to the linear maps of blocks, or norms and biases alone."""
