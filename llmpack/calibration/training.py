@@ -114,7 +114,7 @@ class Training:
         self._accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
         optimizer = torch.optim.AdamW(student.learning.values(), lr=schedule.learning_rate, weight_decay=0.0)
         self._model, self._optimizer = self._accelerator.prepare(student.model, optimizer)
-        self._model.train()
+        self._model.eval()  # dropout stays off, so that nothing is drawn by chance
 
     @property
     def steps(self) -> int:

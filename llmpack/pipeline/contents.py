@@ -42,6 +42,7 @@ def _card(build: Build, observed: Observed) -> Card:
     planned = build.plan
     return Card(
         title=build.recipe.name,
+        relation="finetune" if any(step.trains for step in build.recipe.step) else "quantized",
         facts=planned.facts,
         source=build.recipe.source.model,
         nbytes=build.artifact.nbytes,

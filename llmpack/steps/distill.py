@@ -18,6 +18,8 @@ from llmpack.models.forward import Forward
 from llmpack.models.graph import ModelGraph
 from llmpack.steps.blocks import compute_threads, shard_name
 from llmpack.steps.cutting import require_floats, split
+from llmpack.steps.host_memory import Batch, Moment
+from llmpack.steps.pruning_memory import training
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Distill(Step):
     """
 
     version: ClassVar[int] = 1
+    trains: ClassVar[bool] = True
+    copies: ClassVar[int] = 5  # the state with the optimizer's moments, and the best numbers
 
     train: Literal["full", "lora", "norms"] = "full"
     """What learns: every number, thin matrices added to the linear maps of blocks, or norms and biases alone."""
@@ -81,6 +85,17 @@ class Distill(Step):
         """The same graph: other numbers, stored as they were."""
         require_floats(graph)
         return graph
+
+    def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
+        """The whole model, and three numbers more for each one that learns."""
+        if batch is None:
+            return ()
+        learning = {
+            "full": graph.parameters,
+            "norms": sum(spec.parameters for spec in graph.tensors if spec.part in ("norm", "bias")),
+            "lora": sum(self.rank * sum(spec.shape) for spec in graph.tensors if spec.is_linear),
+        }
+        return (training(graph, learning[self.train], batch),)
 
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
         """Write the trained checkpoint to ``bench.folder``."""

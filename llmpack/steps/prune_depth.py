@@ -25,6 +25,8 @@ from llmpack.models.surgery import Kept, origins, resized
 from llmpack.steps.amount import Amount, parameters
 from llmpack.steps.blocks import compute_threads
 from llmpack.steps.cutting import promised, require_floats, split, write_cut
+from llmpack.steps.host_memory import Batch, Moment
+from llmpack.steps.pruning_memory import comparing, fitting, running
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
@@ -79,6 +81,17 @@ class PruneDepth(Step):
         _require_equal_blocks(graph)
         stay = list(range(graph.block_count - self._count(graph)))
         return promised(lambda: resized(graph, blocks=stay), "drop")
+
+    def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
+        """Streams of hidden states: one for every block that may go, two for healing."""
+        moments: list[Moment] = []
+        if batch is not None and self.blocks is None and self.by == "greedy":
+            tokens = max(batch.length, self.choice_tokens // batch.length * batch.length)
+            streams = graph.block_count + 1
+            moments += [running(graph, streams, tokens, batch), comparing(graph, streams, tokens)]
+        if batch is not None and self.heal != "none":
+            moments.append(fitting(graph, "ffn.out", "healing", 2, batch))
+        return tuple(moments)
 
     def _named(self, graph: ModelGraph, blocks: Sequence[int]) -> tuple[int, ...]:
         last = graph.block_count - 1

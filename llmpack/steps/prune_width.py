@@ -24,6 +24,8 @@ from llmpack.steps.amount import Amount, parameters
 from llmpack.steps.blocks import all_blocks_finished, compute_threads, require_blocks, shard_name
 from llmpack.steps.cutting import copy_checkpoint, promised, require_floats, split, write_cut
 from llmpack.steps.hidden_channels import HiddenCut
+from llmpack.steps.host_memory import Batch, Moment
+from llmpack.steps.pruning_memory import fitting
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
@@ -79,6 +81,17 @@ class PruneWidth(Step):
         for name in sorted(asked, key=lambda name: name in targets):
             graph = self._narrower(graph, name)
         return graph
+
+    def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
+        """Second moments of what loses channels, factored; activations lie on disk."""
+        asked = {"hidden": "ffn.in", "heads": "attention.out", "ffn": "ffn.out"}
+        if batch is None:
+            return ()
+        return tuple(
+            fitting(graph, inputs, f"choosing {name}", 0, batch)
+            for name, inputs in asked.items()
+            if getattr(self, name) is not None
+        )
 
     def _narrower(self, graph: ModelGraph, name: str) -> ModelGraph:
         sizes = family_of(graph.config).sizes(graph.config)

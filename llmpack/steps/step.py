@@ -43,12 +43,14 @@ class Step(BaseModel):
 
     version  raised when equal options would give other tensors
     copies   how many times what it makes lies on disk while it works
+    trains   whether the result is a model of its own rather than the source in other numbers
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     version: ClassVar[int] = 1
     copies: ClassVar[int] = 1
+    trains: ClassVar[bool] = False
 
     use: str
     """Name of the step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from llmpack.checkpoint.gguf_file import GgufFile
+from llmpack.pipeline import contents
 from llmpack.pipeline.build import build_bundle
 from llmpack.pipeline.planning import plan_bundle
 
@@ -41,6 +42,7 @@ def test_prune_heal_train_and_quantize_in_one_recipe(order, recipe_file):
     assert depth["gate"][depth["healed"]] == min(depth["gate"].values())
     assert width["gate"][width["gate"]["kept"]] == min(width["gate"][way] for way in ("before", "after"))
     assert trained["held_out"]["after"] <= trained["held_out"]["before"]
+    assert contents._card(built, built.observed).relation == "finetune"
     again = build_bundle(order())
     assert all(step.cached for step in again.steps)
     assert [dict(step.found) for step in again.steps] == [step["found"] for step in made["steps"]]

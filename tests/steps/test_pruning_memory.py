@@ -1,0 +1,42 @@
+"""What pruning and distillation are said to take of memory: more where more is held, from shapes alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_config import TINY
+
+from llmpack.models import family_of
+from llmpack.steps import STEPS
+from llmpack.steps.host_memory import BASE, Batch
+
+GRAPH = family_of(TINY).graph(dict(TINY) | {"num_hidden_layers": 6})
+BATCH = Batch.of(32_768, 512)
+
+
+def needed(use, **options):
+    step = STEPS.load(use).model_validate_json(json.dumps({"use": use, **options}))
+    return max(moment.nbytes for moment in step.host_memory(GRAPH, BATCH))
+
+
+def test_a_greedy_choice_holds_a_stream_for_every_block():
+    few, many = (needed("prune.depth", drop=1, choice_tokens=tokens, heal="none") for tokens in (512, 5120))
+    assert many - few == pytest.approx(4 * 7 * (5120 - 512) * 64)
+    assert needed("prune.depth", drop=1) >= BASE + 4 * 2 * 32_768 * 64
+
+
+def test_blocks_that_are_named_and_not_healed_hold_nothing():
+    step = STEPS.load("prune.depth").model_validate({"use": "prune.depth", "blocks": (1,), "heal": "none"})
+    assert step.host_memory(GRAPH, None) == ()
+
+
+def test_width_holds_the_second_moments_of_what_is_narrowed():
+    assert needed("prune.width", ffn=0.25, multiple_of=32) > needed("prune.width", heads=1)
+
+
+def test_training_holds_the_model_and_three_numbers_for_each_that_learns():
+    full, thin, norms = (needed("distill", train=train) for train in ("full", "lora", "norms"))
+    assert full > thin > norms > BASE + 4 * GRAPH.parameters
+    few = sum(spec.parameters for spec in GRAPH.tensors if spec.part == "norm")
+    assert full - norms == 12 * (GRAPH.parameters - few)
