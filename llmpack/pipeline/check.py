@@ -130,7 +130,7 @@ def _judged(
 
         subject = packed.subject(terms.runtime)
         protocol = MEMORY_ALONE if wanted == {"memory"} else question.protocol
-        found = measurement(subject, chosen, context, cache, protocol=protocol).findings
+        found = measurement(subject, chosen, context, cache, cap=terms.budget.memory, protocol=protocol).findings
         findings += [finding for finding in found if finding.limit in wanted]
         measured = True
     findings.append(_disk(packed, chosen))
