@@ -211,47 +211,63 @@ def measure(
     """
     artifact = artifact or sha256_file(gguf)
     device = probe_host()
-    written = max(1, min(WRITTEN_TOKENS, context // 4))
-    prompt = context - written
     before = load_average()
     cached = drop_from_cache(gguf)
     outline = Outline.of_gguf(GgufFile.open(gguf))
     cpus = pinned_cpus(max(device.cores or 1, settings.effective_threads))
     try:
         with held(cap, cpus, outline, settings, context) as run:
-            runtime, watch = run.runtime, run.watch
-            build = runtime.info()
-            opened = runtime.open(gguf, settings, context)
-            bench = _Bench(runtime, _synthetic(context, opened.vocabulary), prompt, written)
-            warm_up = bench.repetition()[0]
-            rounds = _rounds(bench, protocol, progress)
-            memory = runtime.memory()
+            seen = _observe(run.runtime, gguf, settings, context, protocol, progress)
     except CapExceededError as ended:
         assert cap is not None
         return Exceeded(artifact, device, settings, context, cap, ended.means, ended.memory)
-    last = rounds[-1]
+    last = seen.rounds[-1]
     return Measurement(
         artifact=artifact,
         device=device,
         settings=settings,
-        build=build,
-        opened=opened,
+        build=seen.build,
+        opened=seen.opened,
         context=context,
-        prompt=prompt,
-        written=written,
+        prompt=seen.prompt,
+        written=context - seen.prompt,
         cold=None if cached is None else cached <= COLD_SHARE,
         cap=cap,
         means=run.means,
-        load=opened.seconds,
-        warm_up=warm_up,
-        memory=memory,
-        highest=replace(watch.highest, peak=max(watch.highest.peak, memory.peak)),
-        prefill=Samples(tuple(prompt / seconds for seconds in last.prefill)),
+        load=seen.opened.seconds,
+        warm_up=seen.warm_up,
+        memory=seen.memory,
+        highest=replace(run.watch.highest, peak=max(run.watch.highest.peak, seen.memory.peak)),
+        prefill=Samples(tuple(seen.prompt / seconds for seconds in last.prefill)),
         decode=Samples(tuple(len(times) / sum(times) for times in last.decode)),
         first_token=Samples(last.prefill),
-        rounds=tuple(rounds),
+        rounds=seen.rounds,
         load_averages=(before, load_average()),
     )
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What one run of the runtime showed."""
+
+    build: Build
+    opened: Opened
+    prompt: int
+    warm_up: float
+    rounds: tuple[Round, ...]
+    memory: Memory
+
+
+def _observe(
+    runtime: LlamaRuntime, gguf: Path, settings: RuntimeSettings, context: int, protocol: Protocol, progress: Progress
+) -> _Observed:
+    build = runtime.info()
+    opened = runtime.open(gguf, settings, context)
+    written = max(1, min(WRITTEN_TOKENS, context // 4))
+    bench = _Bench(runtime, _synthetic(context, opened.vocabulary), context - written, written)
+    warm_up = bench.repetition()[0]
+    rounds = tuple(_rounds(bench, protocol, progress))
+    return _Observed(build, opened, bench.prompt, warm_up, rounds, runtime.memory())
 
 
 def _synthetic(count: int, vocabulary: int) -> list[int]:
