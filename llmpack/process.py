@@ -72,10 +72,12 @@ class Limits:
 
     data         bytes of private writable memory (RLIMIT_DATA); mapped files do not count. None: no cap
     cpu_seconds  processor time of all threads together; None: no cap
+    cpus         numbers of the processors that it may run on; empty: all that the parent may (Linux)
     """
 
     data: int | None = None
     cpu_seconds: int | None = None
+    cpus: tuple[int, ...] = ()
 
 
 NO_LIMITS = Limits()
@@ -289,6 +291,8 @@ def _become(limits: Limits, parent: int, module: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.data is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limits.data, limits.data))
+    if limits.cpus and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, limits.cpus)
     if limits.cpu_seconds is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds + 1))
     if sys.platform == "linux":

@@ -20,8 +20,10 @@ from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, j
 from llmpack.target.cure import cures
 from llmpack.target.device import Device, device
 from llmpack.target.estimate import Estimate, estimate
-from llmpack.target.probe import is_this_machine
+from llmpack.target.probe import is_this_machine, probe_host
+from llmpack.target.projection import project
 from llmpack.target.protocol import MEMORY_ALONE, STANDARD, Protocol
+from llmpack.target.speed_model import Rates
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,15 @@ def _judged(
 
         subject = packed.subject(terms.runtime)
         protocol = MEMORY_ALONE if wanted == {"memory"} else question.protocol
-        found = measurement(subject, chosen, context, cache, protocol=protocol).findings
+        found = measurement(subject, chosen, context, cache, cap=terms.budget.memory, protocol=protocol).findings
         findings += [finding for finding in found if finding.limit in wanted]
         measured = True
     findings.append(_disk(packed, chosen))
     guess = estimate(packed.outline, terms.runtime, chosen, context)
+    projected = [found for found in _projected(packed, terms, chosen) if _helps(found, guess, chosen)]
     verdict = judge(
         terms.budget,
-        (*guess.findings(packed.sha256), *findings),
+        (*guess.findings(packed.sha256), *projected, *findings),
         chosen,
         accept=terms.target.accept,
         cure=cures(packed.outline, terms.runtime, chosen, context),
@@ -150,21 +153,44 @@ def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device)
     """Whether a figure that was found when the bundle was made says something about this question."""
     if finding.limit == "disk":
         return False  # looked at again, since that costs nothing
-    then, now = finding.evidence.settings, terms.runtime.model_dump(mode="json")
-    same = ["kv", "flash_attention", "batch", "ubatch"]
     if finding.limit not in MEASURED_LIMITS:
-        return all(then.get(name) == now[name] for name in same)
-    if now["threads"] is not None:
-        same.append("threads")
-    if any(then.get(name) != now[name] for name in (*same, "load")):
-        return False
-    if then.get("context") != terms.budget.context or finding.evidence.device != chosen.fingerprint:
+        return _same_settings(finding, terms, ("kv", "flash_attention", "batch", "ubatch"))
+    if not _same_run(finding, terms) or finding.evidence.device != chosen.fingerprint:
         return False
     from llmpack.pipeline.keys import installed
 
     runtime = installed("llama-cpp-python")
     made_with = packed.manifest.made["versions"].get("llama-cpp-python") if packed.manifest else None
     return not is_this_machine(chosen) or runtime is None or runtime == made_with
+
+
+def _same_settings(finding: Finding, terms: Terms, names: Sequence[str]) -> bool:
+    then, now = finding.evidence.settings, terms.runtime.model_dump(mode="json")
+    return all(then.get(name) == now[name] for name in names)
+
+
+def _same_run(finding: Finding, terms: Terms) -> bool:
+    """Whether a figure of speed or memory was found under the settings and the context that are asked about."""
+    names = ["kv", "flash_attention", "batch", "ubatch", "load"]
+    if terms.runtime.threads is not None:
+        names.append("threads")
+    return _same_settings(finding, terms, names) and finding.evidence.settings.get("context") == terms.budget.context
+
+
+def _projected(packed: Packed, terms: Terms, chosen: Device) -> list[Finding]:
+    """What was measured here when the bundle was made, projected onto a device that is out of reach."""
+    asked = {"decode", "prefill", "first_token"} & terms.budget.limits.keys()
+    found = [f for f in packed.findings if f.limit in asked and _same_run(f, terms)]
+    if not found or is_this_machine(chosen):
+        return []
+    here = probe_host(rates=True) if any(f.evidence.device == probe_host().fingerprint for f in found) else None
+    return project(found, here, chosen) if here else []
+
+
+def _helps(finding: Finding, guess: Estimate, chosen: Device) -> bool:
+    """Whether a projection says more than the estimate from shapes: that has no figure, or assumes an efficiency."""
+    assumed = finding.limit == "decode" and chosen.figures.decode_efficiency is None and Rates.of(chosen) is None
+    return finding.limit in guess.missing or assumed
 
 
 def _no_quality(packed: Packed, question: Question) -> dict[str, str]:

@@ -85,11 +85,13 @@ def measurement(
     context: int,
     cache: Cache,
     *,
+    cap: int | None = None,
     protocol: Protocol = STANDARD,
     good: Callable[[Sequence[Finding]], bool] = lambda findings: True,
 ) -> Found:
     """Memory and speed on this machine, which is `device`.
 
+    cap   bytes of memory that the process is held to: the budget, if it says so
     good  whether kept figures will do; if not (too noisy, or they broke a limit on a busy day) it is measured again
 
     One measurement at a time on a machine: others would disturb it. Raises RuntimeFailed.
@@ -99,6 +101,7 @@ def measurement(
         **_runtime_facts(subject),
         "device": device.fingerprint,
         "context": context,
+        "cap": cap,
         "protocol": asdict(protocol),
     }
     with cache.lock("measuring", "measuring on this machine"):
@@ -110,6 +113,7 @@ def measurement(
             subject.settings,
             context,
             artifact=subject.sha256,
+            cap=cap,
             protocol=protocol,
             progress=cache.progress,
         )

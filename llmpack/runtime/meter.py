@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 _FIELDS = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anon", "RssFile": "file", "RssShmem": "shared"}
 SAMPLE_SECONDS = 0.1
+LIMITED_SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,20 @@ def tree_memory(pid: int) -> Memory:
 class Watch:
     """Samples the memory of a process tree ten times a second, from outside, and keeps the highest of every part.
 
+    With a limit it looks fifty times a second, and calls `exceeded` once if more was ever resident; `broken` then says
+    so. The kernel's mark is read too, so that a peak between two looks is seen by the next one.
+
     >>> with Watch(child.pid) as watch:
     ...     work()
     >>> watch.highest.anon
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *, limit: int | None = None, exceeded: Callable[[], None] = lambda: None) -> None:
         self._pid = pid
+        self._limit = limit
+        self._exceeded = exceeded
+        self._pause = SAMPLE_SECONDS if limit is None else LIMITED_SAMPLE_SECONDS
+        self.broken = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.highest = tree_memory(pid)
@@ -137,10 +146,13 @@ class Watch:
         seen = tree_memory(self._pid)
         seen = replace(seen, peak=max(seen.peak, seen.resident))
         self.highest = self.highest.highest(seen)
+        if self._limit is not None and seen.peak > self._limit and not self.broken:
+            self.broken = True
+            self._exceeded()
         return seen
 
     def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
+        while not self._stop.wait(self._pause):
             try:
                 self.sample()
             except ProcessLookupError:

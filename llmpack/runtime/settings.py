@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal, Self
 
 import psutil
@@ -51,3 +52,23 @@ def usable_cores() -> int:
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return max(1, min(physical, allowed))
+
+
+def pinned_cpus(count: int) -> tuple[int, ...]:
+    """Numbers of processors to run so many threads on: one of each physical core first, as far as the system tells.
+
+    Empty where processors cannot be chosen.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    allowed = sorted(os.sched_getaffinity(0))
+    cores: dict[tuple[str, str], int] = {}
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            package, core = ((topology / name).read_text().strip() for name in ("physical_package_id", "core_id"))
+        except OSError:
+            package, core = "", str(cpu)
+        cores.setdefault((package, core), cpu)
+    first = list(cores.values())
+    return tuple((first + [cpu for cpu in allowed if cpu not in first])[:count])

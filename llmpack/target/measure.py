@@ -14,28 +14,27 @@ Synthetic tokens, as in llama-bench: the time of a dense model does not depend o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.digest import sha256_file
-from llmpack.errors import RuntimeFailed
-from llmpack.process import Limits
 from llmpack.progress import QUIET, Progress
 from llmpack.runtime.llama import Build, LlamaRuntime, Opened
-from llmpack.runtime.meter import Memory, Watch
-from llmpack.runtime.settings import RuntimeSettings
+from llmpack.runtime.meter import Memory
+from llmpack.runtime.settings import RuntimeSettings, pinned_cpus
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
+from llmpack.target.enforcement import CapExceededError, Exceeded, held
+from llmpack.target.outline import Outline
 from llmpack.target.page_cache import drop_from_cache
 from llmpack.target.probe import load_average, probe_host
 from llmpack.target.protocol import STANDARD, Protocol
 from llmpack.target.samples import Samples
-from llmpack.units import format_size
 
 NOISY_CV = 0.10
 """Spread (standard deviation over mean) above which a timing is no evidence."""
@@ -68,7 +67,7 @@ class Measurement:
     build, opened  the runtime, and the modes that really held
     context        tokens; `prompt` of them are read, `written` are written after them
     cold           True if the file was not cached before the load, None if the system does not tell
-    cap            bytes of private memory that the process was held to, or None
+    cap            bytes of memory that the process was held to, or None, and by what means
     load           seconds from a fresh process to a model that is ready
     warm_up        seconds of the discarded first prompt; with `load`, a cold time to first token
     memory         at the end; `peak` is the kernel's high-water mark of the whole run
@@ -90,6 +89,7 @@ class Measurement:
     written: int
     cold: bool | None
     cap: int | None
+    means: str
     load: float
     warm_up: float
     memory: Memory
@@ -150,8 +150,9 @@ class Measurement:
             )
 
         rates = f"p10 of {count} repetitions, median "
+        how = f"peak with load = {self.opened.load}" + (f", {self.means}" if self.means else "")
         return [
-            finding("memory", self.memory.peak, f"peak with load = {self.opened.load}"),
+            finding("memory", self.memory.peak, how),
             finding("load", self.load, "cold start"),
             finding("prefill", self.prefill.p10, f"{rates}{self.prefill.median:.4g}"),
             finding("decode", self.decode.p10, f"{rates}{self.decode.median:.4g}"),
@@ -174,6 +175,7 @@ class Measurement:
             "written": self.written,
             "cold": self.cold,
             "cap": self.cap,
+            "means": self.means,
             "load_seconds": self.load,
             "warm_up_seconds": self.warm_up,
             "memory": asdict(self.memory),
@@ -196,66 +198,76 @@ def measure(
     cap: int | None = None,
     protocol: Protocol = STANDARD,
     progress: Progress = QUIET,
-) -> Measurement:
+) -> Measurement | Exceeded:
     """Measure a file on this machine.
 
     context   tokens, as declared by the budget
     artifact  sha256 of the file, computed if it is not given
-    cap       bytes of private memory (RLIMIT_DATA) that the process is held to; pages of a mapped file
-              do not count, scratch memory counts as reserved
+    cap       bytes of memory that the process is held to (see `target.enforcement`); what wants more comes back as
+              `Exceeded`
 
-    Raises RuntimeFailed: "oom" if memory or the cap does not suffice, "refused" for a context that the
-    model was not trained for, and as `llmpack.process` lists.
+    Raises RuntimeFailed: "oom" if memory does not suffice, "refused" for a context that the model was not trained for,
+    and as `llmpack.process` lists.
     """
     artifact = artifact or sha256_file(gguf)
     device = probe_host()
-    written = max(1, min(WRITTEN_TOKENS, context // 4))
-    prompt = context - written
     before = load_average()
     cached = drop_from_cache(gguf)
-    with _capped(cap) as runtime:
-        build = runtime.info()
-        with Watch(runtime.pid) as watch:
-            opened = runtime.open(gguf, settings, context)
-            bench = _Bench(runtime, _synthetic(context, opened.vocabulary), prompt, written)
-            warm_up = bench.repetition()[0]
-            rounds = _rounds(bench, protocol, progress)
-            memory = runtime.memory()
-    last = rounds[-1]
+    outline = Outline.of_gguf(GgufFile.open(gguf))
+    cpus = pinned_cpus(max(device.cores or 1, settings.effective_threads))
+    try:
+        with held(cap, cpus, outline, settings, context) as run:
+            seen = _observe(run.runtime, gguf, settings, context, protocol, progress)
+    except CapExceededError as ended:
+        assert cap is not None
+        return Exceeded(artifact, device, settings, context, cap, ended.means, ended.memory)
+    last = seen.rounds[-1]
     return Measurement(
         artifact=artifact,
         device=device,
         settings=settings,
-        build=build,
-        opened=opened,
+        build=seen.build,
+        opened=seen.opened,
         context=context,
-        prompt=prompt,
-        written=written,
+        prompt=seen.prompt,
+        written=context - seen.prompt,
         cold=None if cached is None else cached <= COLD_SHARE,
         cap=cap,
-        load=opened.seconds,
-        warm_up=warm_up,
-        memory=memory,
-        highest=replace(watch.highest, peak=max(watch.highest.peak, memory.peak)),
-        prefill=Samples(tuple(prompt / seconds for seconds in last.prefill)),
+        means=run.means,
+        load=seen.opened.seconds,
+        warm_up=seen.warm_up,
+        memory=seen.memory,
+        highest=replace(run.watch.highest, peak=max(run.watch.highest.peak, seen.memory.peak)),
+        prefill=Samples(tuple(seen.prompt / seconds for seconds in last.prefill)),
         decode=Samples(tuple(len(times) / sum(times) for times in last.decode)),
         first_token=Samples(last.prefill),
-        rounds=tuple(rounds),
+        rounds=seen.rounds,
         load_averages=(before, load_average()),
     )
 
 
-@contextmanager
-def _capped(cap: int | None) -> Iterator[LlamaRuntime]:
-    """A fresh runtime held to `cap`; an end for want of memory says so."""
-    try:
-        with LlamaRuntime(Limits(data=cap)) as runtime:
-            yield runtime
-    except RuntimeFailed as failure:
-        if failure.kind != "oom" or cap is None:
-            raise
-        text = f"{failure}\n  under a cap of {format_size(cap)} on private memory"
-        raise RuntimeFailed(text, kind="oom") from failure
+@dataclass(frozen=True)
+class _Observed:
+    """What one run of the runtime showed."""
+
+    build: Build
+    opened: Opened
+    prompt: int
+    warm_up: float
+    rounds: tuple[Round, ...]
+    memory: Memory
+
+
+def _observe(
+    runtime: LlamaRuntime, gguf: Path, settings: RuntimeSettings, context: int, protocol: Protocol, progress: Progress
+) -> _Observed:
+    build = runtime.info()
+    opened = runtime.open(gguf, settings, context)
+    written = max(1, min(WRITTEN_TOKENS, context // 4))
+    bench = _Bench(runtime, _synthetic(context, opened.vocabulary), context - written, written)
+    warm_up = bench.repetition()[0]
+    rounds = tuple(_rounds(bench, protocol, progress))
+    return _Observed(build, opened, bench.prompt, warm_up, rounds, runtime.memory())
 
 
 def _synthetic(count: int, vocabulary: int) -> list[int]:

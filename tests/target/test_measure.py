@@ -113,19 +113,6 @@ def test_the_file_leaves_the_cache_before_the_load(path, measured):
     assert measured.cold in (True, False)
 
 
-def test_a_cap_that_is_too_small_ends_in_words(path):
-    with pytest.raises(RuntimeFailed) as failure:
-        measure(path, RuntimeSettings(threads=1, ubatch=512), CONTEXT, cap=24 << 20, protocol=SHORT)
-    assert failure.value.kind == "oom"
-    assert "under a cap of 24 MiB" in str(failure.value)
-
-
-def test_a_cap_that_suffices_changes_nothing(path):
-    capped = measure(path, SETTINGS, 64, cap=512 << 20, protocol=replace(SHORT, rounds=1))
-    assert capped.cap == 512 << 20
-    assert (capped.prompt, capped.written) == (48, 16)
-
-
 def test_a_context_beyond_the_model_is_refused(path):
     with pytest.raises(RuntimeFailed, match=f"beyond the {CONTEXT}"):
         measure(path, SETTINGS, 2 * CONTEXT, protocol=SHORT)

@@ -39,6 +39,7 @@ def measure(build: Build) -> Build:
             _host(build),
             build.recipe.budget.context,
             build.cache,
+            cap=build.recipe.budget.memory,
             protocol=build.order.protocol or STANDARD,
             good=lambda kept: _all_kept(build, kept),
         )
