@@ -218,6 +218,46 @@ def run(
     session.answer(answer, print)
 
 
+@app.command()
+@command
+def sensitivity(
+    session: Session,
+    model: Annotated[str, typer.Argument(help="A source as in a recipe, or a recipe (.toml).", show_default=False)],
+    encoding: Annotated[
+        str | None,
+        typer.Option("--encoding", help="Compare matrices in this encoding (default: one that all can have)."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many matrices to list.")] = 12,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write a heat map to this file.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="Calibration text for a source, as in a recipe. Repeatable.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="How many tokens of it (8192).")] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="The source may be quantized already.")] = False,
+    set: Overrides = None,
+    cache: CacheFolder = None,
+    no_wait: NoWait = False,
+    offline: Offline = False,
+) -> None:
+    """Predict what each encoding of each matrix would cost: which must stay precise, and why."""
+    from llmpack.cli.explain import diagnosis_svg, show_diagnosis
+    from llmpack.pipeline.sensitivity import diagnose
+
+    found = diagnose(
+        model,
+        _cache(cache, no_wait),
+        text=tuple(text or ()),
+        tokens=tokens,
+        dequantize=dequantize,
+        overrides=tuple(set or ()),
+        offline=offline,
+    )
+    name = found.require(encoding or found.usual)
+    if svg is not None:
+        svg.write_text(diagnosis_svg(found, name))
+    session.answer(found.document(), lambda: show_diagnosis(found, name, top))
+
+
 @app.command("list")
 @command
 def list_(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmpack.pipeline.evaluate import Evaluated
     from llmpack.pipeline.host_memory import HostMemory
     from llmpack.pipeline.inspection import Inspection
+    from llmpack.pipeline.plan import Plan
     from llmpack.pipeline.state import Build
     from llmpack.profile import Profile
     from llmpack.target.budget import Verdict
@@ -151,11 +152,15 @@ def show_plan(build: Build) -> None:
     print(f"{build.recipe.name}: {source.family}, {source.parameters:,} parameters, {source.block_count} blocks")
     print(f"model file: {plan.nbytes:,} bytes ({format_size(plan.nbytes)}), {plan.bits_per_weight:.3f} bits per weight")
     before = [source, *(step.graph for step in plan.steps)]
+    if plan.bounds is not None:
+        low, high = plan.bounds
+        print(f"  still to be chosen: between {low:,} and {high:,} bytes; a stand-in is shown here")
     rows = [
         {"step": step.step.use, "makes": _makes(step.graph, graph), "state": step.state}
         for step, graph in zip(plan.steps, before, strict=False)
     ]
     show_table(rows)
+    _show_choices(plan)
     for look in plan.outlooks:
         if look.estimate.memory:
             print(f"\nmemory at {look.estimate.context} tokens of context on {look.device.name} (estimate):")
@@ -169,6 +174,14 @@ def show_plan(build: Build) -> None:
         names = ", ".join(verdict.device for verdict in plan.verdicts)
         print(f"\nbudget, by the estimate alone, for {names}:")
         print("\n".join(verdicts_lines(plan.verdicts)))
+
+
+def _show_choices(plan: Plan) -> None:
+    from llmpack.cli.explain import show_choice
+
+    for choice in plan.choices:
+        if choice.scored:
+            show_choice(choice)
 
 
 def show_memory(found: MemoryEstimate) -> None:
@@ -203,6 +216,7 @@ def show_built(build: Build) -> None:
     artifact, verdicts = build.artifact, build.observed.verdicts
     bits = build.plan.bits_per_weight
     print(f"{build.final}: {format_size(artifact.nbytes)}, {bits:.3f} bits per weight, sha256 {artifact.sha256}")
+    _show_choices(build.plan)
     word = "PASS" if all(verdict.passes for verdict in verdicts) else "FAIL"
     names = ", ".join(verdict.device for verdict in verdicts)
     print(f"verdict for {names} at {build.verdict.context} tokens of context: {coloured(word)}")

@@ -14,7 +14,7 @@ Memory: one block, the rows of the embedding that a batch uses, the last norm; f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,7 @@ class Forward:
         path, _, name = self._family.module_name(spec.name).rpartition(".")
         setattr(self._model.get_submodule(path), name, nn.Parameter(values, requires_grad=False))
 
-    def _enter(self, tokens: Tensor) -> tuple[Tensor, Frame]:
+    def _enter(self, tokens: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Frame]:
         """The hidden states that reach the first block, and the frame of this shape.
 
         Only the rows of the embedding that `tokens` name are decoded, and the ids are renumbered to match.
@@ -148,7 +148,7 @@ class Forward:
         shape = (len(rows), self._embedding.shape[1])
         values = decode(packed, self._embedding.encoding, shape).to(device=self.device, dtype=self.dtype)
         self.checkpoint.release([self._embedding.name])
-        self._put(self._embedding, values)
+        self._put(self._embedding, values if change is None else change(values))
         self._seen.clear()
         self._hidden.clear()
         with torch.no_grad():
@@ -159,9 +159,12 @@ class Forward:
         self._hidden.clear()
         return hidden, frame
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [B, T, D] before the first block, of tokens [B, T] int64."""
-        hidden, frame = self._enter(tokens)
+    def embed(self, tokens: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Hidden states [B, T, D] before the first block, of tokens [B, T] int64.
+
+        change  what is done to the rows of the embedding [n, D] that are looked up, for a trial
+        """
+        hidden, frame = self._enter(tokens, change)
         self._frames = {(tokens.shape[0], tokens.shape[1]): frame}
         return hidden
 
@@ -198,17 +201,35 @@ class Forward:
         tokens = hidden.shape[0] * hidden.shape[1]
         weights = sum(spec.parameters for spec in self.graph.block(block.index) if spec.is_linear)
         with torch.no_grad(), phase("forward", tokens=tokens, flops=2.0 * tokens * weights):
-            output: Tensor = block.module(
-                hidden.to(device=self.device, dtype=self.dtype), **frame.keywords[block.index]
-            )
+            return self._through(block, hidden.to(device=self.device, dtype=self.dtype), frame)
+
+    def _through(self, block: Block, hidden: Tensor, frame: Frame) -> Tensor:
+        output: Tensor = block.module(hidden, **frame.keywords[block.index])
         return output
+
+    def pull_back(self, block: Block, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient by a block's input [B, T, D], from that by its output; the block runs forward once more.
+
+        Hooks of modules inside the block see both passes.
+        """
+        given = hidden.to(device=self.device, dtype=self.dtype).detach().requires_grad_()
+        frame = self.frame(hidden.shape[0], hidden.shape[1])
+        tokens = hidden.shape[0] * hidden.shape[1]
+        weights = sum(spec.parameters for spec in self.graph.block(block.index) if spec.is_linear)
+        with torch.enable_grad(), phase("backward", tokens=tokens, flops=4.0 * tokens * weights):
+            output = self._through(block, given, frame)
+            (result,) = torch.autograd.grad(output, given, gradient.to(output))
+        return result
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] after the last norm."""
+        with torch.no_grad():
+            return self._finish(hidden)
+
+    def _finish(self, hidden: Tensor) -> Tensor:
         last = [spec for spec in self.graph.outside if spec.part == "norm"][-1]
         norm = self._model.get_submodule(self._family.module_name(last.name).rpartition(".")[0])
-        with torch.no_grad():
-            normed: Tensor = norm(hidden.to(device=self.device, dtype=self.dtype))
+        normed: Tensor = norm(hidden.to(device=self.device, dtype=self.dtype))
         return normed
 
     @cached_property
@@ -220,12 +241,18 @@ class Forward:
         """[V, D]: the matrix of the last linear map, the embedding where they are tied. Kept once read."""
         return self._head
 
-    def logits(self, normed: Tensor) -> Tensor:
+    def logits(self, normed: Tensor, head: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of hidden states [B, T, D] after the last norm.
+
+        head  [V, D], another matrix in place of the model's, for a trial
 
         The model's own forward computes them, with what it would get from its blocks put in, so that whatever a family
         does to its logits (a cap, a scale) is done.
         """
+        with torch.no_grad():
+            return self._logits(normed, head)
+
+    def _logits(self, normed: Tensor, head: Tensor | None = None) -> Tensor:
         given = transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=normed)
 
         class Given(nn.Module):
@@ -233,14 +260,43 @@ class Forward:
                 return given
 
         model, prefix = self._model, self._model.base_model_prefix
-        model.get_output_embeddings().weight = nn.Parameter(self.head(), requires_grad=False)
+        matrix = self.head() if head is None else head
+        model.get_output_embeddings().weight = nn.Parameter(matrix, requires_grad=False)
         base = getattr(model, prefix)
         setattr(model, prefix, Given())
         try:
-            with torch.no_grad():
-                result: Tensor = model(input_ids=None, use_cache=False).logits
+            result: Tensor = model(input_ids=None, use_cache=False).logits
         finally:
             setattr(model, prefix, base)
+        return result
+
+    def loss_gradient(
+        self, hidden: Tensor, draw: Callable[[Tensor], Tensor], watch: Callable[[Tensor, Tensor], object]
+    ) -> Tensor:
+        """The gradient by hidden states [..., D] before the last norm of the summed cross entropy with drawn labels.
+
+        draw   labels [n] int64 of logits [n, V]
+        watch  given what the head reads [n, D], and the gradient by what it puts out [n, V]
+        """
+        given = hidden.to(device=self.device, dtype=self.dtype).detach().requires_grad_()
+        head = self._model.get_output_embeddings()
+
+        def seen(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            read = inputs[0].detach().flatten(0, -2)
+
+            def received(gradient: Tensor) -> None:
+                watch(read, gradient.flatten(0, -2))
+
+            output.register_hook(received)  # type: ignore[no-untyped-call]
+
+        with torch.enable_grad():
+            handle = head.register_forward_hook(seen)
+            try:
+                logits = self._logits(self._finish(given.reshape(1, -1, given.shape[-1])))[0].float()
+            finally:
+                handle.remove()
+            loss = nn.functional.cross_entropy(logits, draw(logits.detach()), reduction="sum")
+            (result,) = torch.autograd.grad(loss, given)
         return result
 
 

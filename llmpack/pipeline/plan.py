@@ -10,22 +10,23 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llmpack.errors import EnvironmentProblem, Problem, RecipeError, StepFailed
+from llmpack.errors import EnvironmentProblem, RecipeError, StepFailed
 from llmpack.formats.facts import Facts
 from llmpack.formats.gguf import GgufFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.chain import Known, PlannedStep, follow, placed
+from llmpack.pipeline.choosing import Choice
 from llmpack.pipeline.corpora import Text
 from llmpack.pipeline.host_memory import HostMemory, host_memory, memory_problem
-from llmpack.pipeline.keys import step_facts
+from llmpack.pipeline.limits import FileSize, Setting
 from llmpack.pipeline.origin import Origin
 from llmpack.pipeline.recipe import Recipe
-from llmpack.pipeline.toml_override import key_of
 from llmpack.pipeline.toml_positions import Key, TomlDocument, dotted
 from llmpack.runtime.settings import usable_cores
-from llmpack.steps.step import Step
+from llmpack.steps.quantize_auto import QuantizeAuto
 from llmpack.target.budget import Verdict, judge
 from llmpack.target.cure import cures
 from llmpack.target.device import HOST, Device, device
@@ -33,27 +34,10 @@ from llmpack.target.estimate import Estimate, estimate
 from llmpack.target.outline import Outline
 from llmpack.units import format_size
 
-STEP = "step"
 SMALL_FILES = 256 << 10
 """Manifest, card, recipe, lock and checksums of a bundle: what is allowed for them before they are written."""
 DISK_MARGIN = 1.1
 DISK_RESERVE = 256 << 20
-
-State = Literal["cached", "unfinished", "to do"]
-
-
-@dataclass(frozen=True)
-class PlannedStep:
-    """One step of the recipe.
-
-    graph  what it will make
-    state  "to do" also where it is not known yet, because a step before it has to run first
-    """
-
-    step: Step
-    graph: ModelGraph
-    state: State
-    key: str | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,8 @@ class Plan:
     """What a build will do and make.
 
     graph    as it will stand in the model file
-    nbytes   of the model file, exactly
+    nbytes   of the model file, exactly; where a step has still to choose, of a stand-in for what it will make
+    bounds   of `nbytes`, while a step has still to choose
     disk     of the whole bundle, the small files beside the model estimated
     facts    what the model file will say about itself
     outlooks  one for each device of the recipe; `device`, `estimate` and `verdict` are those of the first
@@ -91,6 +76,7 @@ class Plan:
     steps: tuple[PlannedStep, ...]
     graph: ModelGraph
     nbytes: int
+    bounds: tuple[int, int] | None
     disk: int
     facts: Facts
     file_format: GgufFormat
@@ -124,6 +110,11 @@ class Plan:
         return 8 * self.graph.nbytes / self.graph.parameters
 
     @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What the steps that choose have chosen."""
+        return tuple(planned.choice for planned in self.steps if planned.choice is not None)
+
+    @property
     def misses(self) -> bool:
         """True if a limit is broken already on the estimate, by more than the estimate may be wrong."""
         return any(row.status == "FAIL" for verdict in self.verdicts for row in verdict.rows)
@@ -132,6 +123,7 @@ class Plan:
         """As JSON values."""
         return {
             "model_bytes": self.nbytes,
+            "model_bytes_between": None if self.bounds is None else list(self.bounds),
             "bundle_bytes": self.disk,
             "parameters": self.graph.parameters,
             "bits_per_weight": self.bits_per_weight,
@@ -139,6 +131,7 @@ class Plan:
                 {"use": s.step.use, "options": s.step.model_dump(mode="json"), "state": s.state, "key": s.key}
                 for s in self.steps
             ],
+            "choices": [choice.document() for choice in self.choices if choice.scored],
             "host_memory": self.host_memory.document(),
             "estimates": [look.estimate.to_json() for look in self.outlooks],
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
@@ -157,9 +150,15 @@ def make_plan(
     step that needs more memory than the recipe allows.
     """
     devices = _devices(recipe, document)
-    graphs = fold(recipe, document, origin.graph)
     file_format = GgufFormat(recipe.bundle.float)
-    last = graphs[-1] if graphs else origin.graph
+    size = FileSize(file_format, origin.checkpoint, lambda graph: bundle_facts(origin, recipe, graph))
+    small = SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
+    setting = Setting(recipe.budget, recipe.runtime, tuple(devices), file_format, size, small)
+    threads = recipe.build.threads or usable_cores()
+    corpus = calibration.known_digest(cache) if calibration else None
+    known = Known(origin.known_digest(cache), corpus, seed_of(recipe), threads)
+    steps = follow(recipe, document, origin.graph, known, setting, cache)
+    last = steps[-1].graph if steps else origin.graph
     try:
         graph = file_format.encode_graph(last)
     except StepFailed as error:
@@ -167,15 +166,13 @@ def make_plan(
     trained = graph.config.get("max_position_embeddings")
     problems = list(dict.fromkeys(p for chosen in devices for p in recipe.budget.problems(chosen, trained)))
     if problems:
-        raise RecipeError([_placed(problem, document) for problem in problems])
-    facts = bundle_facts(origin, recipe, graph)
-    nbytes = file_format.nbytes(graph, origin.checkpoint, facts)
-    disk = nbytes + SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
+        raise RecipeError([placed(problem, document) for problem in problems])
+    nbytes = size(graph)
+    disk = nbytes + small
     outline = Outline.of_graph(graph)
-    threads = recipe.build.threads or usable_cores()
-    steps = _states(recipe, graphs, origin, calibration, cache, threads)
     to_do = [planned.state != "cached" for planned in steps]
-    needs = host_memory(recipe, [origin.graph, *graphs][: len(graphs)], recipe.step, to_do)
+    before = [origin.graph, *(planned.graph for planned in steps)][: len(steps)]
+    needs = host_memory(recipe, before, [planned.step for planned in steps], to_do)
     if (problem := memory_problem(needs, recipe, document)) is not None:
         raise RecipeError([problem])
     return Plan(
@@ -183,32 +180,14 @@ def make_plan(
         steps=steps,
         graph=graph,
         nbytes=nbytes,
+        bounds=steps[-1].choice.between if steps and steps[-1].open and steps[-1].choice else None,
         disk=disk,
-        facts=facts,
+        facts=bundle_facts(origin, recipe, graph),
         file_format=file_format,
         disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out),
         threads=threads,
         host_memory=needs,
     )
-
-
-def fold(recipe: Recipe, document: TomlDocument, graph: ModelGraph) -> list[ModelGraph]:
-    """What each step makes of the graph, in order. Raises RecipeError for the first step that cannot work."""
-    graphs: list[ModelGraph] = []
-    for index, step in enumerate(recipe.step):
-        try:
-            graph = step.preview(graph)
-        except RecipeError as error:
-            problems = [_placed(problem, document, ("step", index)) for problem in error.problems]
-            raise RecipeError(problems) from error
-        graphs.append(graph)
-    return graphs
-
-
-def _placed(problem: Problem, document: TomlDocument, base: tuple[str | int, ...] = ()) -> Problem:
-    """A problem that names an option, with the place of that option in the file."""
-    key = (*base, *(key_of(problem.path) if problem.path else ()))
-    return document.problem(key, problem.message, rule=problem.rule)
 
 
 def _outlook(recipe: Recipe, outline: Outline, chosen: Device, disk: int) -> Outlook:
@@ -261,40 +240,6 @@ def bundle_facts(origin: Origin, recipe: Recipe, graph: ModelGraph) -> Facts:
     )
 
 
-def _states(
-    recipe: Recipe,
-    graphs: list[ModelGraph],
-    origin: Origin,
-    calibration: Text | None,
-    cache: Cache,
-    threads: int,
-) -> tuple[PlannedStep, ...]:
-    """Which steps are finished already. Each key needs the output of the step before, so the chain is followed
-    as far as it is cached."""
-    source = origin.known_digest(cache)
-    corpus = calibration.known_digest(cache) if calibration else None
-    current = source
-    planned = []
-    for step, graph in zip(recipe.step, graphs, strict=True):
-        state: State = "to do"
-        key = None
-        if current is not None and source is not None and (corpus is not None or not step.needs_corpus):
-            facts = step_facts(
-                step, source=current, origin=source, corpus=corpus, seed=seed_of(recipe), graph=graph, threads=threads
-            )
-            key = cache.key(STEP, facts)
-            entry = cache.find(STEP, facts)
-            if entry is not None:
-                state = "cached"
-            elif cache.unfinished(STEP, facts):
-                state = "unfinished"
-            current = str(entry.result["digest"]) if entry is not None else None
-        else:
-            current = None
-        planned.append(PlannedStep(step, graph, state, key))
-    return tuple(planned)
-
-
 def seed_of(recipe: Recipe) -> int:
     """The seed of everything that is drawn by chance."""
     return recipe.calibration.seed if recipe.calibration else 0
@@ -307,7 +252,9 @@ def _disk_needs(
     hidden = next(spec.shape[1] for spec in origin.graph.outside if spec.part == "embedding")
     spilled = 2 * 4 * hidden * (recipe.calibration.tokens if recipe.calibration else 0)
     to_do = [planned for planned in steps if planned.state != "cached"]
-    work = sum(planned.step.copies * planned.graph.nbytes for planned in to_do) + (spilled if to_do else 0)
+    work = sum(p.step.copies * max(1, len(p.mixes)) * p.graph.nbytes for p in to_do) + (spilled if to_do else 0)
+    if recipe.calibration is not None:
+        work += sum(4 * hidden * _kept_for_scores(planned, recipe.calibration.tokens) for planned in to_do)
     if recipe.evaluation is not None:
         work += 4 * hidden * recipe.evaluation.tokens
     wanted: dict[int, DiskNeed] = {}
@@ -319,6 +266,13 @@ def _disk_needs(
         words = f"{before.what} and {what}" if before else what
         wanted[system] = DiskNeed(existing, total, shutil.disk_usage(existing).free, words)
     return tuple(wanted.values())
+
+
+def _kept_for_scores(planned: PlannedStep, tokens: int) -> int:
+    """Tokens whose activations lie on disk at once while a step is scored: the inputs of every block, and gradients."""
+    if not planned.open or not isinstance(planned.step, QuantizeAuto) or planned.mixes:
+        return 0
+    return (planned.graph.block_count + 3) * min(tokens, planned.step.tokens)
 
 
 def require_disk(plan: Plan) -> None:

@@ -11,6 +11,7 @@ STEPS: Table[type[Step]] = Table(
         "distill": "llmpack.steps.distill:Distill",
         "quantize.rtn": "llmpack.steps.quantize_rtn:QuantizeRtn",
         "quantize.gptq": "llmpack.steps.quantize_gptq:QuantizeGptq",
+        "quantize.auto": "llmpack.steps.quantize_auto:QuantizeAuto",
         "quantize.llamacpp": "llmpack.steps.quantize_llamacpp:QuantizeLlamacpp",
     },
     group="llmpack.steps",

@@ -13,7 +13,20 @@ import pytest
 from llmpack import errors
 from llmpack.cli.session import Session, Terminated, conduct, describe
 
-COMMANDS = ("build", "plan", "check", "verify", "inspect", "eval", "run", "list", "schema", "cache", "device")
+COMMANDS = (
+    "build",
+    "plan",
+    "check",
+    "verify",
+    "inspect",
+    "eval",
+    "run",
+    "sensitivity",
+    "list",
+    "schema",
+    "cache",
+    "device",
+)
 
 
 def llmpack(*arguments, **options):

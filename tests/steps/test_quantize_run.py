@@ -25,10 +25,11 @@ from llmpack.models import family_of, open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.progress import QUIET
 from llmpack.steps import STEPS
+from llmpack.steps.quantize import Quantize
 from llmpack.steps.step import Workbench
 
 BLOCKS = 3
-QUANTIZERS = [name for name in STEPS if name.startswith("quantize.")]
+QUANTIZERS = [name for name, kind in STEPS.items() if issubclass(kind, Quantize)]
 
 
 @pytest.fixture(scope="module")

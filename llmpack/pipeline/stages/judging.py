@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from llmpack.errors import BudgetMissed
 from llmpack.formats.bundle import copy_licences
 from llmpack.models import family_of
+from llmpack.pipeline.choosing import MORE
 from llmpack.pipeline.contents import bundle_usage, small_files
 from llmpack.pipeline.manifest import Observed
 from llmpack.pipeline.state import Build
@@ -62,10 +63,11 @@ def _judged(build: Build, usage: int, made_at: str) -> Observed:
         )
         for look in planned.outlooks
     )
+    choices = [choice.document() for choice in planned.choices]
     return Observed(
         made_at=made_at,
         findings=findings,
-        reports=dict(build.reports),
+        reports={**build.reports, **({"choices": choices} if choices else {})},
         estimate=planned.estimate.to_json(),
         verdict=verdicts[0],
         others=verdicts[1:],
@@ -83,6 +85,11 @@ def _notes(build: Build, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     guessed = [verdict.device for verdict in verdicts if verdict.on_estimates]
     if guessed:
         notes.append(f"some limits pass on an estimate alone: nothing was measured on {', '.join(guessed)}")
+    for choice in build.plan.choices:
+        notes.append(
+            f"encodings were chosen by predicted KL divergence: {choice.predicted:.4g} for this mix, "
+            f"{choice.more:.4g} with {format_size(MORE)} more (second-order model, not measured)"
+        )
     if build.plan.estimate.memory:
         load, nbytes = build.plan.estimate.memory.other_load
         notes.append(f'with load = "{load}" about {format_size(nbytes)} of memory (estimate)')

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -11,12 +12,18 @@ from llmpack.errors import BudgetMissed, StepFailed
 from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Slot
+from llmpack.pipeline.chain import STEP, PlannedStep
+from llmpack.pipeline.choosing import Choice
 from llmpack.pipeline.host_memory import require_free_memory
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.memory_cap import capped_memory
-from llmpack.pipeline.plan import STEP, PlannedStep, require_disk, seed_of
+from llmpack.pipeline.mixes import compare, judged
+from llmpack.pipeline.plan import require_disk, seed_of
+from llmpack.pipeline.scoring import gather_scores, score_facts
+from llmpack.pipeline.stages.planning import plan
 from llmpack.pipeline.state import Build, StepRecord
-from llmpack.steps.blocks import shard_name
+from llmpack.steps.blocks import compute_threads, shard_name
+from llmpack.steps.quantize_auto import QuantizeAuto
 from llmpack.steps.step import Workbench
 
 
@@ -25,34 +32,97 @@ def run(build: Build) -> Build:
 
     Raises BudgetMissed if the plan cannot fit, EnvironmentProblem for lack of disk or memory, StepFailed and its kinds.
     """
-    if build.plan.misses:
-        raise BudgetMissed("the plan misses the budget before anything is built", *build.plan.verdicts)
-    require_disk(build.plan)
-    require_free_memory(build.plan.host_memory, build.recipe)
+    _require_hope(build)
     source = build.origin.digest(build.cache)
     corpus = _Calibration(build)
     checkpoint, digest, graph = build.origin.checkpoint, source, build.origin.graph
     records: list[StepRecord] = []
-    for planned in build.plan.steps:
-        facts = step_facts(
-            planned.step,
-            source=digest,
-            origin=source,
-            corpus=corpus.digest if planned.step.needs_corpus else None,
-            seed=seed_of(build.recipe),
-            graph=planned.graph,
-            threads=build.plan.threads,
-        )
-        with build.cache.claim(STEP, facts, f"step {len(records)} {planned.step.use}") as slot:
-            cached = slot.entry is not None
-            if cached:
-                checkpoint = Checkpoint.reopen(slot.content)
-            else:
-                checkpoint = _run_step(build, planned, graph, checkpoint, slot, corpus)
-            digest, graph = checkpoint.digest, planned.graph
-            found = shard_note(checkpoint.folder, shard_name(None))
-            records.append(StepRecord(planned.step.use, slot.key, facts, digest, cached, found))
+    for index in range(len(build.plan.steps)):
+        before = _Before(checkpoint, graph, digest, source, corpus)
+        if build.plan.steps[index].open:
+            build = _choose(build, index, before)
+        checkpoint, record = _made(build, build.plan.steps[index], before, f"step {index}")
+        digest, graph = checkpoint.digest, build.plan.steps[index].graph
+        records.append(record)
     return replace(build, source=source, corpora=corpus.digests, checkpoint=checkpoint, steps=tuple(records))
+
+
+def _require_hope(build: Build) -> None:
+    if build.plan.misses:
+        raise BudgetMissed("the plan misses the budget before anything is built", *build.plan.verdicts)
+    require_disk(build.plan)
+    require_free_memory(build.plan.host_memory, build.recipe)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a step starts from; `digest` is that of the checkpoint, `source` that of the model."""
+
+    checkpoint: Checkpoint
+    graph: ModelGraph
+    digest: str
+    source: str
+    corpus: _Calibration
+
+
+def _made(build: Build, planned: PlannedStep, before: _Before, name: str) -> tuple[Checkpoint, StepRecord]:
+    """What a step makes, found or made now."""
+    facts = step_facts(
+        planned.step,
+        source=before.digest,
+        origin=before.source,
+        corpus=before.corpus.digest if planned.step.needs_corpus else None,
+        seed=seed_of(build.recipe),
+        graph=planned.graph,
+        threads=build.plan.threads,
+    )
+    with build.cache.claim(STEP, facts, f"{name} {planned.step.use}") as slot:
+        cached = slot.entry is not None
+        if cached:
+            checkpoint = Checkpoint.reopen(slot.content)
+        else:
+            checkpoint = _run_step(build, planned, before.graph, before.checkpoint, slot, before.corpus)
+        found = shard_note(checkpoint.folder, shard_name(None))
+        return checkpoint, StepRecord(planned.step.use, slot.key, facts, checkpoint.digest, cached, found)
+
+
+def _choose(build: Build, index: int, before: _Before) -> Build:
+    """The build planned again, once everything from which a step chooses is in the cache."""
+    step = build.recipe.step[index]
+    assert isinstance(step, QuantizeAuto)  # no other step has to choose
+    facts = score_facts(
+        before.graph,
+        source=before.digest,
+        corpus=str(before.corpus.digest),
+        tokens=step.tokens,
+        seed=seed_of(build.recipe),
+        threads=build.plan.threads,
+    )
+    gather_scores(build.cache, facts, before.checkpoint, before.graph, before.corpus.corpus, build.recipe.build.memory)
+    build = plan(build)
+    _require_hope(build)
+    mixes = list(build.plan.steps[index].mixes)
+    if mixes:
+        _compare(build, mixes, facts, before)
+        build = plan(build)
+    return build
+
+
+def _compare(build: Build, mixes: list[Choice], facts: dict[str, Any], before: _Before) -> None:
+    """Build mixes, each a step of its own in the cache, and remember which is best."""
+    from llmpack.calibration.probing import divergence
+
+    tokens = judged(before.corpus.corpus().tokens)
+
+    def build_mix(choice: Choice) -> Checkpoint:
+        return _made(build, PlannedStep(choice.step, choice.graph, "to do", None), before, "mix of")[0]
+
+    def measure(made: Checkpoint) -> float:
+        with capped_memory(build.recipe.build.memory), compute_threads(build.plan.threads):
+            graphs = (before.graph, open_model(made))
+            return divergence(before.checkpoint, made, graphs, tokens, build.progress)
+
+    compare(mixes, facts, build.cache, build_mix, measure)
 
 
 class _Calibration:
