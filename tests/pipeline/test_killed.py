@@ -20,6 +20,8 @@ tokens = 512
 length = 64
 [[step]]
 use = "quantize.gptq"
+[budget]
+context = 128
 [build]
 threads = 1
 """
