@@ -57,7 +57,7 @@ def time_kernels(
     kv_types: Sequence[str] = KV_TYPES,
     progress: Progress = QUIET,
 ) -> Rates:
-    """Time kernels with so many threads; about four seconds for each encoding on two quiet cores.
+    """Time kernels with so many threads.
 
     f16 is always among the encodings. Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that
     fit no rates.

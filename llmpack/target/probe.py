@@ -70,7 +70,7 @@ def probe_host(*, rates: bool = False) -> Device:
 
 
 def with_runtime(found: Device, progress: Progress = QUIET) -> Device:
-    """The device with the kernels of llama.cpp timed too; a minute on two quiet cores. Raises as `time_kernels`."""
+    """The device with the kernels of llama.cpp timed too, which takes minutes. Raises as `time_kernels`."""
     from llmpack.target.kernel_rates import time_kernels
 
     return with_rates(found, time_kernels(found.cores or 1, progress=progress))
