@@ -1,6 +1,7 @@
 """Killed at any instant and started again: the same bytes, and at most one block done twice."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,8 +100,12 @@ def blocks_of(titles: list[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [5])
-def test_killed_at_five_random_instants_it_ends_in_the_same_bytes(checkpoint_factory, tmp_path, seed):
-    model = checkpoint_factory(num_hidden_layers=5, hidden_size=32, intermediate_size=64)
+def test_killed_at_five_random_instants_it_ends_in_the_same_bytes(checkpoint_factory, packable, tmp_path, seed):
+    sizes = {"num_hidden_layers": 5, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 49152}
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint_factory(tokenizer=None, **sizes), model)
+    for path in packable.glob("*token*"):
+        shutil.copy(path, model)
     recipe = tmp_path / "killed.toml"
     recipe.write_text(RECIPE.format(model=model))
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(recipe), str(tmp_path), str(seed)]
