@@ -17,12 +17,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from tiny_config import TINY
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The same examples in every run: a release is not held up by an input that the run before did not try.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 if threading.current_thread() is threading.main_thread():
     # A run started in the background ignores SIGINT, and its children would too; the tests of Ctrl-C need it.
     signal.signal(signal.SIGINT, signal.default_int_handler)

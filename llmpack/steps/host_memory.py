@@ -80,7 +80,7 @@ class Walk:
 
 def walk_moments(graph: ModelGraph, target: ModelGraph, batch: Batch, walk: Walk) -> list[Moment]:
     """The moments of a walk that rounds every block; `target`: what the step makes of the graph."""
-    moments = [Moment("embedding and head", (_base(), Part("rounded matrices", _outside(target)), _slab()))]
+    moments = [Moment("embedding and head", (_base(), Part("rounded matrices", _outside(target)), _slab(target)))]
     for index in _kinds(graph):
         moments += _block_moments(graph, target, index, batch, walk)
     return moments
@@ -91,7 +91,7 @@ def plain_moments(target: ModelGraph) -> list[Moment]:
     largest = max((spec.parameters for spec in target.tensors if spec.is_linear), default=0)
     block = max((sum(spec.nbytes for spec in target.block(i)) for i in _kinds(target)), default=0)
     return [
-        Moment("embedding and head", (_base(), Part("rounded matrices", _outside(target)), _slab())),
+        Moment("embedding and head", (_base(), Part("rounded matrices", _outside(target)), _slab(target))),
         Moment("rounding", (_base(), Part("one matrix and its codes", 8 * largest), Part("rounded so far", block))),
     ]
 
@@ -112,10 +112,11 @@ def _outside(target: ModelGraph) -> int:
     return sum(spec.nbytes for spec in target.outside)
 
 
-def _slab() -> Part:
+def _slab(target: ModelGraph) -> Part:
     from llmpack.steps.blocks import SLAB
 
-    return Part("rows being rounded", 12 * SLAB)
+    largest = max((spec.parameters for spec in target.outside), default=0)
+    return Part("rows being rounded", 12 * min(SLAB, largest))
 
 
 def _block_moments(graph: ModelGraph, target: ModelGraph, index: int, batch: Batch, walk: Walk) -> Iterator[Moment]:

@@ -94,3 +94,8 @@ def importance_of(columns, seed=0):
     importance = torch.exp(1.5 * torch.randn(columns, generator=generator))
     importance[torch.randperm(columns, generator=generator)[: columns // 100]] *= 300
     return importance
+
+
+def not_vanishing(value: float) -> float:
+    """`value`, or 0 where the reciprocal of a scale overflows: there the reference has no answer to compare with."""
+    return value if abs(value) > 1e-25 else 0.0
