@@ -212,7 +212,8 @@ class Tensor(Protocol):
 
 def weights(outline: Outline, instruction_sets: frozenset[str]) -> Weights:
     """The weights of a model as it stands in the file."""
-    each = [weights_of(tensor, instruction_sets, tied=outline.tied) for tensor in outline.tensors]
+    tied = outline.tied
+    each = [weights_of(tensor, instruction_sets, tied=tied) for tensor in outline.tensors]
     return Weights(
         stored=sum(one.stored for one in each),
         repacked=sum(one.repacked for one in each),
