@@ -23,7 +23,7 @@ from llmpack.target.device import AttentionRate, Device, Kernel
 from llmpack.target.outline import Outline
 
 DECODE_ERROR, PREFILL_ERROR = 0.15, 0.25
-"""How wrong a prediction from timed kernels may be, as a share."""
+"""How wrong a prediction from timed kernels is taken to be, as a share: what is aimed at, not yet what was measured."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from small_recipe import RECIPE, SHORT
 
-from llmpack.cli.main import main
 from llmpack.pipeline.build import build_bundle
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.state import Order
@@ -25,22 +23,6 @@ def place(tmp_path_factory, packable):
     (folder / "unmeasured.toml").write_text(recipe.read_text().replace('memory = "600 MiB"\n', ""))
     build_bundle(Order(recipe, folder / "out", Cache(folder / "cache"), protocol=SHORT))
     return folder
-
-
-@pytest.fixture
-def llmpack(place, monkeypatch, capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmpack", *map(str, arguments)])
-        monkeypatch.setenv("LLMPACK_CACHE", str(place / "cache"))
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_build_prints_the_verdict_and_answers_json(llmpack, place):

@@ -1,14 +1,12 @@
 """What people see of scores and choices, and the heat map."""
 
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 from small_recipe import RECIPE
 
 from llmpack.cli.heatmap import Panel, heat_map
-from llmpack.cli.main import main
 
 pytestmark = pytest.mark.xdist_group("pipeline-build")
 HEAD, TAIL = RECIPE.split('[[step]]\nuse = "quantize.gptq"\nencoding = "iq4_nl"\n')
@@ -22,20 +20,6 @@ def place(tmp_path_factory, packable):
     recipe = (HEAD + AUTO + TAIL).format(model=packable).replace('memory = "600 MiB"\n', "")
     (folder / "auto.toml").write_text(recipe)
     return folder
-
-
-@pytest.fixture
-def llmpack(place, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmpack", *map(str, arguments)])
-        monkeypatch.setenv("LLMPACK_CACHE", str(place / "cache"))
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_plan_sensitivity_build_and_plan_again(llmpack, place):
