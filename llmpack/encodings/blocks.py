@@ -13,6 +13,7 @@ from llmpack.encodings.grids import BlockGrid, ScaleGrid, stacked
 from llmpack.encodings.refit import Descent, descend_halves
 from llmpack.encodings.search import HALF_MAX, Groups, affine, symmetric, to_half, to_unit
 from llmpack.encodings.steps import Steps
+from llmpack.parallel import each, even
 
 if TYPE_CHECKING:
     import torch
@@ -90,10 +91,12 @@ class BlockwiseEncoding(GridEncoding):
         values, hessian = tiles.matrix(W, self.name), H.to(torch.float32)
         rows, columns = values.shape
         parameters = columns // self.group * (1 if own.offsets is None else 2)
-        parts = []
-        for run in tiles.runs(rows, max(columns, parameters**2), tiles.SLAB):
-            parts.append(self._refit(codes[run], own.select_rows(run), values[run], hessian))
-        return stacked(parts)
+
+        def moved(run: slice) -> ScaleGrid:
+            return self._refit(codes[run], own.select_rows(run), values[run], hessian)
+
+        most = max(1, tiles.SLAB // max(columns, parameters**2))
+        return stacked(each(moved, even(rows, most)))
 
     def pack(self, codes: Tensor, grid: Grid) -> np.ndarray:
         """[rows, row bytes] uint8. Raises ValueError where codes and grid do not belong together."""
@@ -118,11 +121,11 @@ class BlockwiseEncoding(GridEncoding):
         return grid
 
     def _fit(self, W: Tensor, weights: Tensor | None) -> ScaleGrid:
-        parts = []
-        for run in tiles.runs(W.shape[0], W.shape[1], tiles.TILE):
+        def fitted(run: slice) -> ScaleGrid:
             x = tiles.upright(W[run], self.group)
-            parts.append(self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run])))
-        return stacked(parts)
+            return self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run]))
+
+        return stacked(each(fitted, tiles.tiles(*W.shape)))
 
     def _refit(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> ScaleGrid:
         before = grid.levels().decode(codes)
