@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from llmpack.allocator import share_heap
+
 if TYPE_CHECKING:
     import torch
 else:
@@ -42,6 +44,7 @@ def each(function: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[R
         with torch.inference_mode(inference):
             return function(piece)
 
+    share_heap()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         return list(pool.map(apart, pieces))

@@ -90,13 +90,13 @@ class BlockwiseEncoding(GridEncoding):
         own = self._own(codes, grid)
         values, hessian = tiles.matrix(W, self.name), H.to(torch.float32)
         rows, columns = values.shape
-        parameters = columns // self.group * (1 if own.offsets is None else 2)
 
         def moved(run: slice) -> ScaleGrid:
-            return self._refit(codes[run], own.select_rows(run), values[run], hessian)
+            some = own.select_rows(run)
+            error = values[run] - some.levels().decode(codes[run])
+            return self.refit_rows(some, Descent(some.multiples(codes[run]), error, hessian, self.group))
 
-        most = max(1, tiles.SLAB // max(columns, parameters**2))
-        return stacked(each(moved, even(rows, most)))
+        return stacked(each(moved, even(rows, max(1, tiles.SLAB // columns))))
 
     def pack(self, codes: Tensor, grid: Grid) -> np.ndarray:
         """[rows, row bytes] uint8. Raises ValueError where codes and grid do not belong together."""
@@ -127,15 +127,6 @@ class BlockwiseEncoding(GridEncoding):
 
         return stacked(each(fitted, tiles.tiles(*W.shape)))
 
-    def _refit(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> ScaleGrid:
-        before = grid.levels().decode(codes)
-        parameters = grid.scales if grid.offsets is None else torch.cat([grid.scales, grid.offsets], dim=1)
-        descent = Descent(grid.multiples(codes), W - before, H, self.group, parameters)
-        moved = self.refit_rows(grid, descent)
-        step = moved.levels().decode(codes) - before
-        growth = ((step @ H) * (step - 2 * (W - before))).sum(1)  # of the error, without the rest cancelling
-        return grid.replaced(moved, growth < 0)
-
 
 class BlockEncoding(BlockwiseEncoding):
     """A float16 scale per block of 32, and perhaps a minimum; then the codes."""
@@ -161,8 +152,8 @@ class BlockEncoding(BlockwiseEncoding):
 
     def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
         """The grid of a few rows, its scales moved down the full Hessian."""
-        found = descend_halves(descent)
-        return self._grid(*found.chunk(2, dim=1)) if self.has_minimum else self._grid(found)
+        parts = [grid.scales] if grid.offsets is None else [grid.scales, grid.offsets]
+        return self._grid(*(found.T for found in descend_halves(descent, [part.T for part in parts])))
 
     def pack_blocks(self, codes: np.ndarray, grid: ScaleGrid) -> np.ndarray:
         """[n, block_bytes] uint8."""
