@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import asyncssh
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +61,7 @@ class Loopback:
         here = [str(ROOT), *(entry for entry in sys.path if "site-packages" in entry)]
         environment = f"PYTHONPATH={shlex.quote(':'.join(here))} PYTHONNOUSERSITE=1"
         return self.program(
-            "llmpack", f"#!/bin/sh\nexec env {environment} {shlex.quote(sys.executable)} -P -m llmpack \"$@\"\n"
+            "llmpack", f'#!/bin/sh\nexec env {environment} {shlex.quote(sys.executable)} -P -m llmpack "$@"\n'
         )
 
     async def handle(self, process: asyncssh.SSHServerProcess) -> None:
@@ -101,10 +103,16 @@ class Loopback:
                     return
 
         feeding = asyncio.ensure_future(feed())
-        await asyncio.gather(drain(child.stdout, process.stdout), drain(child.stderr, process.stderr))
-        code = await child.wait()
-        feeding.cancel()
-        process.exit(code) if code >= 0 else process.exit_with_signal("KILL")
+        try:
+            await asyncio.gather(drain(child.stdout, process.stdout), drain(child.stderr, process.stderr))
+            code = await child.wait()
+            process.exit(code) if code >= 0 else process.exit_with_signal("KILL")
+        finally:
+            feeding.cancel()
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                await child.wait()
+            child._transport.close()
 
 
 class _Server(asyncssh.SSHServer):
@@ -153,4 +161,26 @@ def trust(home: Path, port: int, key: asyncssh.SSHKey) -> None:
         file.write(f"[127.0.0.1]:{port} {public[0]} {public[1]}\n")
 
 
-assert os.name == "posix"
+@pytest.fixture(scope="session")
+def host_key():
+    return asyncssh.generate_private_key("ssh-ed25519")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The home of the one who checks: empty, so that no configuration of this machine counts."""
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("HOME", str(path))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return path
+
+
+@pytest.fixture
+def device(tmp_path, home, host_key):
+    """A device whose host key is known."""
+    folder = tmp_path / "device"
+    folder.mkdir()
+    with loopback(folder, host_key) as found:
+        trust(home, found.port, host_key)
+        yield found

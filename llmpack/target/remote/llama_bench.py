@@ -28,17 +28,22 @@ SILENCE = 900.0
 """Seconds without a word after which llama-bench counts as hung; it tells each repetition."""
 BUSY = 0.5
 """Processes for each core over the last minute, from which on the device counts as busy."""
+STEADY = 5
+"""Looks in a row, at the end, that must have found the same peak."""
 _MAPPED = {"True": "mmap", "False": "no-mmap"}
 _WATCHED = r"""
 %(command)s > bench.json & pid=$!
-peak=
+peak=; steady=0
 while kill -0 $pid 2>/dev/null; do
   now=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pid/status 2>/dev/null)
-  [ -n "$now" ] && peak=$now
+  if [ -n "$now" ]; then
+    [ "$now" = "$peak" ] && steady=$((steady + 1)) || steady=0
+    peak=$now
+  fi
   sleep 0.2 2>/dev/null || sleep 1
 done
 wait $pid; code=$?
-echo "peak_kib=$peak"; cat bench.json; rm -f bench.json
+echo "peak_kib=$peak steady=$steady"; cat bench.json; rm -f bench.json
 exit $code
 """
 
@@ -47,7 +52,7 @@ exit $code
 class Bench:
     """What two runs of llama-bench showed. Bytes, tokens per second, seconds."""
 
-    peak: int | None
+    peak: int | None  # None where it was not seen to the end
     prefill: Samples
     decode: Samples
     first_token: Samples
@@ -74,9 +79,8 @@ def bench(
         runs.append(_result(station.name, reply, settings))
     (peak, read), (peak_later, wrote) = runs
     seconds = [ns / 1e9 for ns in read["samples_ns"]]
-    peaks = [one for one in (peak, peak_later) if one is not None]
     return Bench(
-        peak=max(peaks) if peaks else None,
+        peak=max(peak, peak_later) if peak and peak_later else None,
         prefill=Samples(tuple(prompt / s for s in seconds)),
         decode=Samples(tuple(written * 1e9 / ns for ns in wrote["samples_ns"])),
         first_token=Samples(tuple(seconds)),
@@ -119,7 +123,7 @@ def _result(name: str, reply: Reply, settings: RuntimeSettings) -> tuple[int | N
     if reply.code:
         kind = "killed" if reply.code == 137 else "crash"
         raise RuntimeFailed(f"{name}: llama-bench ended with exit status {reply.code}: {reply.last_words}", kind=kind)
-    peak = re.fullmatch(r"peak_kib=(\d*)", head.strip())
+    peak = re.fullmatch(r"peak_kib=(\d*) steady=(\d+)", head.strip())
     try:
         values = json.loads(body)
         (result,) = values
@@ -131,7 +135,8 @@ def _result(name: str, reply: Reply, settings: RuntimeSettings) -> tuple[int | N
         text = f"{name}: llama-bench answered what is no result ({error}): {body.strip()[:80]!r}"
         raise RuntimeFailed(text, kind="protocol") from error
     assert peak is not None
-    return (int(peak[1]) << 10 if peak[1] else None), result
+    known = peak[1] and int(peak[2]) >= STEADY  # a run that ended sooner may have grown after the last look
+    return (int(peak[1]) << 10 if known else None), result
 
 
 def bench_findings(

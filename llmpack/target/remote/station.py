@@ -167,7 +167,8 @@ class Station:
 
     def _present(self, whole: str, part: str) -> tuple[str, int]:
         """Which of the two files is there, and how many bytes of it."""
-        script = f"for f in {whole} {part}; do [ -f $f ] && {{ echo $f; wc -c < $f; exit 0; }}; done; echo none; echo 0"
+        look = f"for f in {whole} {part}; do [ -f $f ] && {{ echo $f; wc -c < $f; exit 0; }}; done; echo none; echo 0"
+        script = f"{self._alone('true')}\n{look}"
         reply = self._run(script)
         words = reply.text.split()
         if reply.code or len(words) != 2 or not words[1].isdigit():
@@ -196,11 +197,15 @@ class Station:
         if at:
             self.progress.say(f"{self.name} has {format_size(at)} of {path.name} already; sending the rest")
         with self.progress.task(f"sending {path.name} to {self.name}", size - at) as done:
-            reply = self._run(f"cat >> {part}", stdin=self._pieces(path, at, done))
+            reply = self._run(self._alone(f"cat >> {part}"), stdin=self._pieces(path, at, done))
         if reply.code:
             if "space" in reply.last_words.lower() or "quota" in reply.last_words.lower():
                 raise self._full(reply.last_words)
             raise self._garbage("while a model was sent", reply)
+
+    def _alone(self, script: str) -> str:
+        """The script once no other writes a model: after a broken connection the one before may not have ended yet."""
+        return f"( flock 8; {script} ) 8>> writing" if "flock" in self.programs.tools else script
 
     def _pieces(self, path: Path, at: int, done: Callable[[float], None]) -> Iterator[bytes]:
         """What follows after `at` bytes of a file."""
@@ -232,5 +237,5 @@ class Station:
         try:
             return self._run(guarded, stdin=(stdin,) if stdin else (), silence=silence)
         except RuntimeFailed:
-            self._run("kill -9 -- -$(cat running) || kill -9 $(cat running)")
+            self._run("kill -s KILL -- -$(cat running) || kill -s KILL $(cat running)")
             raise

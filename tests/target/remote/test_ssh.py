@@ -12,7 +12,7 @@ from llmpack.target.remote.ssh import SshTransport
 
 def test_a_script_runs_with_its_streams_and_status_as_they_are(shell):
     data = bytes(range(256)) * 1000
-    reply = shell.run("cat; echo \"it's $((6 * 7))\" >&2; exit 3", stdin=(data[:1000], data[1000:]))
+    reply = shell.run('cat; echo "it\'s $((6 * 7))" >&2; exit 3', stdin=(data[:1000], data[1000:]))
     assert (reply.code, reply.out, reply.err) == (3, data, b"it's 42\n")
     assert reply.last_words == "it's 42"
     assert shell.run("kill -9 $$").code >= 128
