@@ -143,7 +143,7 @@ def bench_findings(
     found: Bench, artifact: str, device: Device, settings: RuntimeSettings, context: int, threads: int,
     load_average: float | None,
 ) -> list[Finding]:  # fmt: skip
-    """The figures as evidence. What was noisy, or began on a busy device, is none."""
+    """The figures as evidence. What was noisy is none; what began on a busy device proves no failure."""
     evidence = Evidence(
         kind="measurement",
         artifact=artifact,
@@ -157,8 +157,9 @@ def bench_findings(
         busy = f"disturbed: {load_average:.1f} processes wanted to run in the minute before"
 
     def finding(limit: LimitName, value: float, samples: Samples, reason: str) -> Finding:
-        why = busy or (f"noisy: spread {samples.cv:.0%}" if samples.cv > NOISY_CV else "")
-        return Finding(limit=limit, value=value, best=value, evidence=evidence, reason=why or reason, usable=not why)
+        why = f"noisy: spread {samples.cv:.0%}" if samples.cv > NOISY_CV else ""
+        return Finding(limit=limit, value=value, best=value, evidence=evidence, reason=why or reason, usable=not why,
+                       disturbed=busy)  # fmt: skip
 
     count = len(found.prefill.values)
     by = f"of {count} repetitions of llama-bench, median "
