@@ -1,4 +1,4 @@
-"""What this machine is: read from the system, bandwidth measured by streaming through memory."""
+"""What this machine is: read from the system, bandwidth measured by streaming through memory, the disk by reading."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from llmpack.errors import EnvironmentProblem
 from llmpack.progress import QUIET, Progress
 from llmpack.runtime.settings import usable_cores
 from llmpack.target.device import HOST, Device
+from llmpack.target.page_cache import measure_storage
 from llmpack.target.speed_model import Rates
 from llmpack.units import format_size
 
@@ -59,6 +60,10 @@ def probe_host(*, rates: bool = False) -> Device:
             f"{measure_f32() / 1e9:f} GFLOP/s",
             f"numpy's product of matrices of {PRODUCT} x {PRODUCT}, best of five",
         )
+        storage = measure_storage(Path.cwd())
+        if storage is not None:
+            how = "a file in the current folder, not cached, read in order, best of three"
+            figures["storage"] = measured(f"{storage} B/s", how)
     kernel = f"{platform.system()} {platform.release()}"
     return as_device(HOST, f"this machine: {model}", platform.machine(), model, kernel, figures)
 
