@@ -48,10 +48,7 @@ CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="Folder of finished work (default: $LLMPACK_CACHE or ~/.cache/llmpack)."),
 ]
-On = Annotated[
-    str | None,
-    typer.Option("--on", metavar="ADDRESS", help="Another device: ssh://user@host[:port] or adb://serial."),
-]
+On = Annotated[str | None, typer.Option("--on", metavar="ADDRESS", help="Measure ssh://user@host or adb://serial.")]
 NoWait = Annotated[
     bool, typer.Option("--no-wait", help="Stop with exit code 75 if another process does the same work.")
 ]
@@ -133,9 +130,7 @@ def check(
         bool, typer.Option("--estimate-only", help="Read the header alone and measure nothing.")
     ] = False,
     on: On = None,
-    junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdict as JUnit XML.")
-    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
     set: Overrides = None,
     cache: CacheFolder = None,
     no_wait: NoWait = False,
@@ -375,11 +370,9 @@ def device_probe(
 @command
 def device_answer(session: Session, cache: CacheFolder = None) -> None:
     """Answer a check from another machine: one request in JSON on standard input, one answer on standard output."""
-    import sys
+    from llmpack.pipeline.on_device import serve
 
-    from llmpack.pipeline.on_device import answer
-
-    print(answer(sys.stdin.read(), _cache(cache)).model_dump_json())
+    serve(_cache(cache))
 
 
 def _version(asked: bool) -> None:

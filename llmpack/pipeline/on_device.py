@@ -87,6 +87,11 @@ def answer(text: str, cache: Cache) -> Answer:
         return _done(request, load, cache)
 
 
+def serve(cache: Cache) -> None:
+    """Answer the request on standard input. Raises as `answer`."""
+    print(answer(sys.stdin.read(), cache).model_dump_json())
+
+
 def _done(request: Request, load: float | None, cache: Cache) -> Answer:
     device = probe_host(rates=request.operation == "probe")
     if request.operation == "probe" and request.runtime:
