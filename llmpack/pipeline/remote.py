@@ -35,7 +35,7 @@ from llmpack.units import format_size
 
 RESERVED = 1 / 8
 """Share of a device's memory that its kernel and its graphics may keep for themselves."""
-SILENCE = 60.0
+SILENCE = 180.0
 """Seconds without a word from llmpack there, which says every five that it is at work, after which it is hung."""
 _NO_RUNNER = (
     "there is neither llmpack with llama-cpp-python nor a llama-bench; install one there "

@@ -20,7 +20,7 @@ from llmpack.target.remote.transport import KEPT_ERRORS, LONGEST_ANSWER, PATIENC
 
 asyncssh: Any = LazyModule("asyncssh", "ssh")
 
-CONNECT_SECONDS = 20.0
+CONNECT_SECONDS = 30.0
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 10, 3
 _PIECE = 1 << 16
 T = TypeVar("T")
