@@ -7,6 +7,7 @@
       + InputRejected               5   a source is hostile, damaged, unknown or not allowed
       + EnvironmentProblem          6   this machine lacks something
           + MissingExtra            6   a Python package of an extra is not installed
+          + DeviceProblem           6   another device is out of reach, or is not fit to measure on
       + StepFailed                  7   a step could not do its work
           + NumericalError          7   a matrix would not factor, a loss was not finite
           + RuntimeFailed           7   a runtime child crashed, hung or ran out of memory
@@ -102,6 +103,17 @@ class MissingExtra(EnvironmentProblem):
         super().__init__(
             f"the Python package `{package}` is not installed; install it with: pip install 'llmpack[{extra}]'"
         )
+
+
+class DeviceProblem(EnvironmentProblem):
+    """Another device is out of reach or is not fit to measure on.
+
+    `kind` is unreachable, host-key, login, lost, no-space, no-runner, mismatch or unknown.
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class StepFailed(LlmpackError):

@@ -48,6 +48,7 @@ CacheFolder = Annotated[
     Path | None,
     typer.Option("--cache", help="Folder of finished work (default: $LLMPACK_CACHE or ~/.cache/llmpack)."),
 ]
+On = Annotated[str | None, typer.Option("--on", metavar="ADDRESS", help="Measure ssh://user@host or adb://serial.")]
 NoWait = Annotated[
     bool, typer.Option("--no-wait", help="Stop with exit code 75 if another process does the same work.")
 ]
@@ -128,11 +129,11 @@ def check(
     estimate_only: Annotated[
         bool, typer.Option("--estimate-only", help="Read the header alone and measure nothing.")
     ] = False,
-    junit: Annotated[
-        Path | None, typer.Option("--junit", metavar="FILE", help="Write the verdict as JUnit XML.")
-    ] = None,
+    on: On = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write JUnit XML.")] = None,
     set: Overrides = None,
     cache: CacheFolder = None,
+    no_wait: NoWait = False,
 ) -> int:
     """Judge a bundle or any GGUF file against a budget; exit code 0 only if every limit passes, else 4."""
     import gc
@@ -144,8 +145,8 @@ def check(
     from llmpack.pipeline.check import Question
     from llmpack.pipeline.check import check as judge
 
-    question = Question(tuple(budget or ()), tuple(set or ()), tuple(device or ()), accept, estimate_only)
-    checked = reported(path, junit, lambda: judge(path, _cache(cache), question))
+    question = Question(tuple(budget or ()), tuple(set or ()), tuple(device or ()), accept, estimate_only, on)
+    checked = reported(path, junit, lambda: judge(path, _cache(cache, no_wait), question))
     session.answer(checked.document(), lambda: show_checked(checked))
     return 0 if checked.passed else BudgetMissed.exit_code
 
@@ -355,12 +356,23 @@ def device_probe(
     runtime: Annotated[
         bool, typer.Option("--runtime", help="Time the kernels of llama.cpp too (minutes), to predict speed from.")
     ] = False,
+    on: On = None,
+    cache: CacheFolder = None,
 ) -> None:
-    """Measure this machine and write a profile of it; without --out it is printed."""
+    """Measure this machine, or another, and write a profile of it; without --out it is printed."""
     from llmpack.cli.probing import probed
 
-    found, text = probed(out, description, runtime=runtime)
+    found, text = probed(out, description, runtime=runtime, on=on, cache=_cache(cache))
     session.answer(found.model_dump(mode="json"), lambda: print(text, end=""))
+
+
+@device_app.command("answer", hidden=True)
+@command
+def device_answer(session: Session, cache: CacheFolder = None) -> None:
+    """Answer a check from another machine: one request in JSON on standard input, one answer on standard output."""
+    from llmpack.pipeline.on_device import serve
+
+    serve(_cache(cache))
 
 
 def _version(asked: bool) -> None:

@@ -1,7 +1,8 @@
 """`llmpack check`: judge a bundle or any GGUF file against a budget, for this machine or for other devices.
 
 What was found when a bundle was made counts as long as file, machine, settings and context are the same; only what
-that does not cover is measured, and only where the device is this machine. No recipe is needed.
+that does not cover is measured: where the device is this machine, or on a device that is reached over the network
+(see `pipeline.remote`). No recipe is needed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpack.errors import Problem, RecipeError, UsageError
 from llmpack.pipeline.cache import Cache
@@ -18,12 +19,15 @@ from llmpack.pipeline.terms import Terms, placed, read_terms
 from llmpack.pipeline.toml_positions import TomlDocument
 from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, judge
 from llmpack.target.cure import cures
-from llmpack.target.device import Device, device
+from llmpack.target.device import HOST, Device, device
 from llmpack.target.estimate import Estimate, estimate
 from llmpack.target.probe import is_this_machine, probe_host
 from llmpack.target.projection import project
 from llmpack.target.protocol import MEMORY_ALONE, STANDARD, Protocol
 from llmpack.target.speed_model import Rates
+
+if TYPE_CHECKING:
+    from llmpack.pipeline.remote import Reached
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Checked:
 
     measured     whether something had to be measured for them
     header_only  whether the header alone was read
+    on           address of the device that was reached, empty for none
     """
 
     path: Path
@@ -39,6 +44,7 @@ class Checked:
     estimates: tuple[Estimate, ...]
     measured: bool
     header_only: bool
+    on: str = ""
 
     @property
     def passed(self) -> bool:
@@ -50,6 +56,8 @@ class Checked:
         """Where the figures are from, in words."""
         if self.header_only:
             return "from its header alone"
+        if self.measured and self.on:
+            return f"measured on {self.on}"
         return "measured now" if self.measured else "from the evidence at hand"
 
     def document(self) -> dict[str, Any]:
@@ -58,6 +66,7 @@ class Checked:
             "path": str(self.path),
             "passes": self.passed,
             "measured": self.measured,
+            **({"on": self.on} if self.on else {}),
             "verdicts": [{**v.to_json(), "passes": v.passes} for v in self.verdicts],
             "estimates": [found.to_json() for found in self.estimates],
         }
@@ -72,6 +81,7 @@ class Question:
     devices        names or files of profiles; empty for the one of the terms
     accept         "estimate" lets computed figures pass; None for what the terms say
     estimate_only  read the header and nothing else; measure nothing
+    on             address of another device, which is measured instead of this machine
     """
 
     budgets: Sequence[str] = ()
@@ -79,6 +89,7 @@ class Question:
     devices: Sequence[str] = ()
     accept: str | None = None
     estimate_only: bool = False
+    on: str | None = None
     protocol: Protocol = STANDARD
 
 
@@ -86,8 +97,11 @@ def check(path: Path, cache: Cache, question: Question) -> Checked:
     """Judge a bundle or a GGUF file.
 
     Raises UsageError where no limit is declared, RecipeError for limits that cannot be, VerificationFailed for a
-    changed bundle, EnvironmentProblem for a device file that promises more than this machine has, RuntimeFailed.
+    changed bundle, EnvironmentProblem for a device file that promises more than this machine has, RuntimeFailed; with
+    another device what `pipeline.remote` raises.
     """
+    if question.on is not None and question.estimate_only:
+        raise UsageError("--on measures on a device, --estimate-only measures nothing; give one of them")
     packed = Packed.open(path, cache, contents=not question.estimate_only)
     accept = [f"target.accept={question.accept}"] if question.accept else []
     changes = (*question.changes, *accept)
@@ -95,10 +109,32 @@ def check(path: Path, cache: Cache, question: Question) -> Checked:
     if not terms.budget.limits:
         text = 'no limit is declared, so there is nothing to judge; give one like --budget memory="350 MiB"'
         raise UsageError(f"{path}: {text}")
-    devices = _devices(question.devices or terms.target.names, terms, packed, document)
+    names = question.devices or terms.target.names
+    if question.on is not None:
+        return _checked_there(packed, terms, document, names, cache, question)
+    devices = _devices(names, terms, packed, document)
     judged = [_judged(packed, terms, chosen, cache, question) for chosen in devices]
     verdicts, estimates, measured = zip(*judged, strict=True)
     return Checked(path, verdicts, estimates, any(measured), question.estimate_only)
+
+
+def _checked_there(
+    packed: Packed, terms: Terms, document: TomlDocument, names: Sequence[str], cache: Cache, question: Question
+) -> Checked:
+    """The check on a device that is reached; `names` is the profile that it is declared to be."""
+    from llmpack.pipeline.remote import reached
+
+    if len(set(names)) > 1:
+        raise UsageError(f"--on reaches one device and {', '.join(names)} are named; say which with --device")
+    profile = None if names[0] == HOST else device(names[0])
+    assert question.on is not None
+    with reached(question.on, cache) as there:
+        chosen = there.as_declared(profile)
+        wrong = [placed(one, document) for one in terms.budget.problems(chosen, packed.outline.context)]
+        if wrong:
+            raise RecipeError(wrong)
+        verdict, guess, measured = _judged(packed, terms, chosen, cache, question, there)
+    return Checked(packed.path, (verdict,), (guess,), measured, False, there.station.name)
 
 
 def _devices(names: Sequence[str], terms: Terms, packed: Packed, document: TomlDocument) -> list[Device]:
@@ -119,21 +155,17 @@ def _devices(names: Sequence[str], terms: Terms, packed: Packed, document: TomlD
 
 
 def _judged(
-    packed: Packed, terms: Terms, chosen: Device, cache: Cache, question: Question
+    packed: Packed, terms: Terms, chosen: Device, cache: Cache, question: Question, there: Reached | None = None
 ) -> tuple[Verdict, Estimate, bool]:
-    """The verdict for one device, the estimate, and whether something was measured."""
+    """The verdict for one device, the estimate, and whether something was measured; `there` if it was reached."""
     context = terms.budget.context
     findings = [finding for finding in packed.findings if _still_holds(finding, packed, terms, chosen)]
     known = {finding.limit for finding in findings if finding.usable}
     wanted = MEASURED_LIMITS & terms.budget.limits.keys()
     measured = False
-    if not question.estimate_only and not wanted <= known and is_this_machine(chosen):
-        from llmpack.pipeline.evidence import measurement
-
-        subject = packed.subject(terms.runtime)
-        protocol = MEMORY_ALONE if wanted == {"memory"} else question.protocol
-        found = measurement(subject, chosen, context, cache, cap=terms.budget.memory, protocol=protocol).findings
-        findings += [finding for finding in found if finding.limit in wanted]
+    within_reach = there is not None or (not question.estimate_only and is_this_machine(chosen))
+    if within_reach and not wanted <= known:
+        findings += _measured(packed, terms, chosen, cache, question, there)
         measured = True
     findings.append(_disk(packed, chosen))
     guess = estimate(packed.outline, terms.runtime, chosen, context)
@@ -147,6 +179,22 @@ def _judged(
         missing={**guess.missing, **_no_quality(packed, question)},
     )
     return verdict, guess, measured
+
+
+def _measured(
+    packed: Packed, terms: Terms, chosen: Device, cache: Cache, question: Question, there: Reached | None
+) -> list[Finding]:
+    """What only a run can answer of what is asked."""
+    from llmpack.pipeline.evidence import measurement
+
+    wanted = MEASURED_LIMITS & terms.budget.limits.keys()
+    subject, context, cap = packed.subject(terms.runtime), terms.budget.context, terms.budget.memory
+    protocol = MEMORY_ALONE if wanted == {"memory"} else question.protocol
+    if there is not None:
+        found = there.measurement(subject, context, cache, cap, protocol)
+    else:
+        found = measurement(subject, chosen, context, cache, cap=cap, protocol=protocol)
+    return [finding for finding in found.findings if finding.limit in wanted]
 
 
 def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device) -> bool:

@@ -66,7 +66,8 @@ def _runtime_facts(subject: Subject) -> dict[str, Any]:
     return {"artifact": subject.sha256, "settings": settings, "llama-cpp-python": installed("llama-cpp-python")}
 
 
-def _kept(cache: Cache, facts: Mapping[str, Any]) -> Found | None:
+def kept(cache: Cache, facts: Mapping[str, Any]) -> Found | None:
+    """What was found under these facts, if it was."""
     entry = cache.find(EVIDENCE, facts)
     if entry is None:
         return None
@@ -74,7 +75,8 @@ def _kept(cache: Cache, facts: Mapping[str, Any]) -> Found | None:
     return Found(findings, entry.result["report"])
 
 
-def _keep(cache: Cache, facts: Mapping[str, Any], found: Found) -> None:
+def keep(cache: Cache, facts: Mapping[str, Any], found: Found) -> None:
+    """Keep what was found under the facts that it depends on."""
     result = {"findings": [f.model_dump(mode="json") for f in found.findings], "report": found.report}
     cache.remember(EVIDENCE, facts, result)
 
@@ -105,9 +107,9 @@ def measurement(
         "protocol": asdict(protocol),
     }
     with cache.lock("measuring", "measuring on this machine"):
-        kept = _kept(cache, facts)
-        if kept is not None and good(kept.findings):
-            return kept
+        known = kept(cache, facts)
+        if known is not None and good(known.findings):
+            return known
         measured = measure(
             subject.path,
             subject.settings,
@@ -118,7 +120,7 @@ def measurement(
             progress=cache.progress,
         )
         found = Found(tuple(measured.findings()), measured.to_json())
-        _keep(cache, facts, found)
+        keep(cache, facts, found)
         return found
 
 
@@ -143,9 +145,9 @@ def quality(subject: Subject, original: Original, device: Device, cache: Cache) 
     Raises what `target.quality.evaluate` raises.
     """
     facts = {"name": "quality", **_runtime_facts(subject), "source": original.digest, "text": original.text}
-    kept = _kept(cache, facts)
-    if kept is not None:
-        return kept
+    known = kept(cache, facts)
+    if known is not None:
+        return known
     reference_facts = {"version": REFERENCE_VERSION, "source": original.digest, "text": original.text}
     with cache.claim(REFERENCE, reference_facts, "the predictions of the source") as slot:
         reference = Reference.build(
@@ -156,7 +158,7 @@ def quality(subject: Subject, original: Original, device: Device, cache: Cache) 
     found = evaluate(subject.path, reference, subject.settings, cache.progress)
     evidence = _evidence(subject, device)
     made = Found(tuple(quality_findings(found, evidence)), _report(found, original.text))
-    _keep(cache, facts, made)
+    keep(cache, facts, made)
     return made
 
 
@@ -175,7 +177,7 @@ def faithfulness(
         return Divergence(**entry.result["report"])
     found = fidelity(subject.path, checkpoint, graph, tokens(), subject.settings, cache.progress)
     if not fidelity_problems(found):
-        _keep(cache, facts, Found((), asdict(found)))
+        keep(cache, facts, Found((), asdict(found)))
     return found
 
 

@@ -1,9 +1,10 @@
 """Budget, Verdict and Row: what was declared, and whether the evidence keeps it.
 
 A row exists for every declared limit and for no other. It FAILs on a measurement that breaks the
-limit, and on an estimate that breaks it by more than the estimate may be wrong. It PASSes only on a
-measurement made on the declared device; an estimate lets it pass only where the recipe says
-``accept = "estimate"``, and the row then says so. Everything else is UNMEASURED, with the reason.
+limit, unless something disturbed it, and on an estimate that breaks it by more than the estimate may
+be wrong. It PASSes only on a measurement made on the declared device; an estimate lets it pass only
+where the recipe says ``accept = "estimate"``, and the row then says so. Everything else is
+UNMEASURED, with the reason.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class Finding(_Frozen):
     best    the same at the optimistic end of what an estimate may be wrong by; equal to `value` for a measurement
     reason  how it came about ("p10 of 7 repetitions, median 9.31"), or why it is missing
     usable  False for a measurement too noisy to be used; `reason` says so
+    disturbed  what made a measurement worse than the device is: it may keep its limit, and cannot break it
     """
 
     limit: LimitName
@@ -133,6 +135,7 @@ class Finding(_Frozen):
     evidence: Evidence
     reason: str = ""
     usable: bool = True
+    disturbed: str = ""
 
 
 class Row(_Frozen):
@@ -249,6 +252,8 @@ def _status(
     usable = [f for f in here if f.usable]
     if usable:
         kept = _margin(name, usable[-1].value, bound) >= 0
+        if not kept and usable[-1].disturbed:
+            return usable[-1], "UNMEASURED", usable[-1].disturbed
         return usable[-1], "PASS" if kept else "FAIL", usable[-1].reason
     if here:  # measured, and too noisy: no estimate overrules that
         return here[-1], "UNMEASURED", here[-1].reason

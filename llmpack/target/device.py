@@ -99,6 +99,8 @@ class Figures(_Strict):
     """Second-level cache of one core (or of the cores that share it)."""
     cache_l3: Figure[Size] | None = None
     """Third-level cache that one core sees."""
+    storage: Figure[Bandwidth] | None = None
+    """Bytes per second that a file which is not cached is read with, in order."""
     kernels: Figure[dict[str, Kernel]] | None = None
     """Rates of llama.cpp by encoding of the weights, measured by `llmpack device probe --runtime`."""
     attention: Figure[dict[str, AttentionRate]] | None = None
@@ -137,6 +139,7 @@ class Figures(_Strict):
 _POSSIBLE = {
     "memory": (64 << 20, 64 << 40),
     "bandwidth": (10**8, 10**13),
+    "storage": (10**5, 10**12),
     "arithmetic": (10**8, 10**16),
     "f32": (10**8, 10**16),
     "int8": (10**8, 10**16),

@@ -4,9 +4,9 @@ Protocol ``bench/1``: the file leaves the page cache; a fresh process loads it (
 discarded run of the full shape warms it up; then prompts that fill the context but for the tokens
 that are written after them are computed from an empty cache, and after each of them tokens are
 written one at a time, so that every timing of writing has a full KV cache before it. At least five
-repetitions, all kept. Spread above `NOISY_CV` is measured again, up to three rounds; what stays
-noisy is kept, flagged, and is no evidence. Verdicts use the pessimistic side: p10 of rates, p90 of
-delays, peak of memory.
+repetitions, all kept. What spreads beyond `NOISY_CV`, or was disturbed, is measured again, up to three
+rounds; what stays noisy is kept, flagged, and is no evidence; what stays disturbed proves no failure.
+Verdicts use the pessimistic side: p10 of rates, p90 of delays, peak of memory.
 
 Synthetic tokens, as in llama-bench: the time of a dense model does not depend on which tokens it reads.
 """
@@ -29,6 +29,7 @@ from llmpack.runtime.meter import Memory
 from llmpack.runtime.settings import RuntimeSettings, pinned_cpus
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
+from llmpack.target.disturbance import conditions, disturbances
 from llmpack.target.enforcement import CapExceededError, Exceeded, held
 from llmpack.target.outline import Outline
 from llmpack.target.page_cache import drop_from_cache
@@ -51,11 +52,15 @@ class Round:
     prefill      seconds of each prompt
     decode       seconds of each token, a tuple for each repetition
     other_load   share of the machine's processor time that other processes took meanwhile
+    disturbed    what made it slower, in words (see `target.disturbance`)
+    conditions   what the system told of heat, frequencies and stalls before it, after each repetition, in order
     """
 
     prefill: tuple[float, ...]
     decode: tuple[tuple[float, ...], ...]
     other_load: float
+    disturbed: tuple[str, ...] = ()
+    conditions: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,19 @@ class Measurement:
     def findings(self) -> list[Finding]:
         """The figures as evidence for a verdict."""
         noise, evidence = self.noise, self.evidence
+        disturbed = f"disturbed: {'; '.join(self.rounds[-1].disturbed)}" if self.rounds[-1].disturbed else ""
         count = len(self.prefill.values)
 
         def finding(limit: LimitName, value: float, reason: str) -> Finding:
             why = noise.get(limit, "")
             return Finding(
-                limit=limit, value=value, best=value, evidence=evidence, reason=why or reason, usable=not why
+                limit=limit,
+                value=value,
+                best=value,
+                evidence=evidence,
+                reason=why or reason,
+                usable=not why,
+                disturbed="" if limit == "memory" else disturbed,
             )
 
         rates = f"p10 of {count} repetitions, median "
@@ -303,11 +315,11 @@ def _rounds(bench: _Bench, protocol: Protocol, progress: Progress) -> list[Round
 
 def _quiet(found: Round) -> bool:
     rates = Samples(found.prefill), Samples(tuple(len(t) / sum(t) for t in found.decode))
-    return all(samples.cv <= NOISY_CV for samples in rates)
+    return not found.disturbed and all(samples.cv <= NOISY_CV for samples in rates)
 
 
 def _one_round(bench: _Bench, protocol: Protocol, progress: Progress, title: str) -> Round:
-    others = _other_load(bench.runtime.pid)
+    others, seen = _other_load(bench.runtime.pid), [conditions()]
     started = time.monotonic()
     prefill: list[float] = []
     decode: list[tuple[float, ...]] = []
@@ -316,12 +328,15 @@ def _one_round(bench: _Bench, protocol: Protocol, progress: Progress, title: str
             read, times = bench.repetition()
             prefill.append(read)
             decode.append(times)
+            seen.append(conditions())
             if len(prefill) <= protocol.repetitions:
                 done(1)
             spent = time.monotonic() - started
             enough = len(prefill) >= protocol.repetitions
             if enough and (spent >= protocol.least_seconds or spent > protocol.most_seconds):
-                return Round(tuple(prefill), tuple(decode), others())
+                load = others()
+                told = tuple(one.to_json() for one in seen)
+                return Round(tuple(prefill), tuple(decode), load, disturbances(seen, load), told)
 
 
 def _other_load(pid: int) -> Callable[[], float]:

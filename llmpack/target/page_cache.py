@@ -1,4 +1,7 @@
-"""The system's cache of files: emptied of one file before a cold start, and looked at to be sure."""
+"""The system's cache of files: emptied of one file before a cold start, and looked at to be sure.
+
+And what it hides: how fast the disk reads.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,45 @@ import ctypes.util
 import mmap
 import os
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+
+READ_BYTES, PIECE_BYTES = 64 << 20, 4 << 20
+UNCACHED_SHARE = 0.01
+
+
+def measure_storage(folder: Path) -> int | None:
+    """Bytes per second that a file in that folder is read with, in order and not from the cache; best of three.
+
+    None where a file cannot be written, or cannot be put out of the cache (a file system in memory; not Linux).
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".llmpack-") as file:
+            piece = os.urandom(PIECE_BYTES)
+            for _ in range(READ_BYTES // PIECE_BYTES):
+                file.write(piece)
+            file.flush()
+            seconds = [_uncached_read(Path(file.name)) for _ in range(3)]
+    except OSError:
+        return None
+    known = [one for one in seconds if one is not None]
+    return int(READ_BYTES / min(known)) if known else None
+
+
+def _uncached_read(path: Path) -> float | None:
+    """Seconds that reading a file takes; None if it is cached and stays so."""
+    cached = drop_from_cache(path)
+    if cached is None or cached > UNCACHED_SHARE:
+        return None
+    buffer = bytearray(PIECE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        started = time.perf_counter()
+        while file.readinto(buffer):
+            pass
+        return time.perf_counter() - started
 
 
 def drop_from_cache(path: Path) -> float | None:

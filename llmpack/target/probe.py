@@ -1,4 +1,4 @@
-"""What this machine is: read from the system, bandwidth measured by streaming through memory."""
+"""What this machine is: read from the system, bandwidth measured by streaming through memory, the disk by reading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from llmpack.errors import EnvironmentProblem
 from llmpack.progress import QUIET, Progress
 from llmpack.runtime.settings import usable_cores
 from llmpack.target.device import HOST, Device
+from llmpack.target.page_cache import measure_storage
 from llmpack.target.speed_model import Rates
 from llmpack.units import format_size
 
@@ -27,6 +30,8 @@ _FLAGS = {
 }  # fmt: skip
 _ARCHES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64", "riscv64": "riscv64"}
 _UNLIMITED = 1 << 60  # cgroups write "no limit" as a number near 2^63
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container's limit stands (cgroup v2, v1)."""
 STREAM_BYTES = 128 << 20
 PRODUCT = 1536
 
@@ -38,32 +43,46 @@ def probe_host(*, rates: bool = False) -> Device:
 
     Raises EnvironmentProblem on an architecture that llmpack does not know.
     """
-    machine = platform.machine()
-    if machine not in _ARCHES:
-        raise EnvironmentProblem(f"the architecture {machine} of this machine is unknown; known: {', '.join(_ARCHES)}")
     model, flags = _cpuinfo()
     figures: dict[str, object] = {
-        "memory": _measured(f"{memory_of_host()} B", "the system's count, or the container's limit"),
-        "cores": _measured(usable_cores(), "physical cores that this process may use"),
+        "memory": measured(f"{memory_of_host()} B", "the system's count, or the container's limit"),
+        "cores": measured(usable_cores(), "physical cores that this process may use"),
     }
     if flags:
-        figures["instruction_sets"] = _measured(flags, "the processor's own flags")
+        figures["instruction_sets"] = measured(flags, "the processor's own flags")
     for level, size in _caches().items():
-        figures[level] = _measured(f"{size} B", "the system's description of the first core")
+        figures[level] = measured(f"{size} B", "the system's description of the first core")
     if rates:
-        figures["bandwidth"] = _measured(
+        figures["bandwidth"] = measured(
             f"{measure_bandwidth(usable_cores())} B/s", "streamed from memory by all cores, best of five"
         )
-        figures["f32"] = _measured(
+        figures["f32"] = measured(
             f"{measure_f32() / 1e9:f} GFLOP/s",
             f"numpy's product of matrices of {PRODUCT} x {PRODUCT}, best of five",
         )
+        storage = measure_storage(Path.cwd())
+        if storage is not None:
+            how = "a file in the current folder, not cached, read in order, best of three"
+            figures["storage"] = measured(f"{storage} B/s", how)
+    kernel = f"{platform.system()} {platform.release()}"
+    return as_device(HOST, f"this machine: {model}", platform.machine(), model, kernel, figures)
+
+
+def as_device(
+    name: str, description: str, machine: str, cpu: str, kernel: str, figures: Mapping[str, object]
+) -> Device:
+    """A device from what a system tells; `machine` is its own word for the architecture.
+
+    Raises EnvironmentProblem on an architecture that llmpack does not know.
+    """
+    if machine not in _ARCHES:
+        raise EnvironmentProblem(f"the architecture {machine!r} of {name} is unknown; known: {', '.join(_ARCHES)}")
     table = {
-        "name": HOST,
-        "description": f"this machine: {model}",
+        "name": name,
+        "description": description,
         "arch": _ARCHES[machine],
-        "cpu": model,
-        "kernel": f"{platform.system()} {platform.release()}",
+        "cpu": cpu,
+        "kernel": kernel,
         "figures": figures,
     }
     return Device.model_validate(table)
@@ -89,7 +108,7 @@ def with_rates(found: Device, rates: Rates) -> Device:
         timed["int8"] = f"{rates.kernels['q8_0'].prefill / 1e9:f} GFLOP/s"
     values = found.model_dump(mode="json")
     figures = {name: figure for name, figure in values["figures"].items() if figure is not None}
-    figures |= {name: _measured(value, how) for name, value in timed.items()}
+    figures |= {name: measured(value, how) for name, value in timed.items()}
     return Device.model_validate_json(json.dumps({**values, "figures": figures}))
 
 
@@ -112,7 +131,8 @@ def is_this_machine(profile: Device) -> bool:
     return False
 
 
-def _measured(value: object, source: str) -> dict[str, object]:
+def measured(value: object, source: str) -> dict[str, object]:
+    """A figure that was found on the machine itself."""
     return {"value": value, "provenance": "measured", "source": source}
 
 
@@ -122,6 +142,11 @@ def _cpuinfo() -> tuple[str, tuple[str, ...]]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine(), ()
+    return parse_cpuinfo(text, platform.machine())
+
+
+def parse_cpuinfo(text: str, machine: str) -> tuple[str, tuple[str, ...]]:
+    """Model name and known instruction sets from the text of /proc/cpuinfo; `machine` names what tells no model."""
     facts: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
@@ -131,26 +156,28 @@ def _cpuinfo() -> tuple[str, tuple[str, ...]]:
     vector = facts.get("isa", "")  # RISC-V: "rv64imafdcv_..."
     if vector.startswith("rv64") and "v" in vector.removeprefix("rv64").partition("_")[0]:
         flags = (*flags, "rvv")
-    model = facts.get("model name") or facts.get("Model") or _arm_model(facts)
+    model = facts.get("model name") or facts.get("Model") or _arm_model(facts, machine)
     return model, flags
 
 
-def _arm_model(facts: dict[str, str]) -> str:
+def _arm_model(facts: dict[str, str], machine: str) -> str:
     parts = (facts.get("CPU implementer", ""), facts.get("CPU part", ""))
-    return f"ARM implementer {parts[0]} part {parts[1]}" if all(parts) else platform.machine()
+    return f"ARM implementer {parts[0]} part {parts[1]}" if all(parts) else machine
 
 
 def memory_of_host() -> int:
     """Bytes of memory that this process may use at most: the machine's, or the container's limit."""
-    total = int(psutil.virtual_memory().total)
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < _UNLIMITED:
-            total = min(total, int(text))
-    return total
+    texts = []
+    for path in MEMORY_LIMITS:
+        with suppress(OSError):
+            texts.append(Path(path).read_text())
+    return usable_memory(int(psutil.virtual_memory().total), texts)
+
+
+def usable_memory(total: int, limits: Iterable[str]) -> int:
+    """The least of a machine's memory and of what the files of `MEMORY_LIMITS` say."""
+    numbers = (int(text.strip()) for text in limits if text.strip().isdigit())
+    return min([total, *(number for number in numbers if number < _UNLIMITED)])
 
 
 def measure_bandwidth(threads: int) -> int:

@@ -11,10 +11,11 @@ from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target import memory_model
 from llmpack.target.cure import cures
-from llmpack.target.device import device
+from llmpack.target.device import Figure, device
 from llmpack.target.estimate import estimate, touched_bytes
 from llmpack.target.memory_model import MEMORY_ERROR
 from llmpack.target.outline import Outline
+from llmpack.target.quantities import Flops
 
 MIB = 1 << 20
 LLAMA_8B = {
@@ -102,7 +103,10 @@ def test_speed_of_a_known_device():
     found = estimate(outline, RuntimeSettings(), PI, 512).decode
     assert found.low < 2.17 < found.high
     assert found.value == pytest.approx(2.17, rel=0.1)
-    prefill = estimate(outline, RuntimeSettings(), N100, 512).prefill
+    assert "arithmetic rate" in estimate(outline, RuntimeSettings(), N100, 512).missing["prefill"]
+    rate = Figure[Flops](value="105 GFLOP/s", provenance="measured", source="at 6.53 tok/s")
+    figures = N100.figures.model_copy(update={"arithmetic": rate})
+    prefill = estimate(outline, RuntimeSettings(), N100.model_copy(update={"figures": figures}), 512).prefill
     assert prefill.value == pytest.approx(6.53, rel=0.2)
 
 

@@ -12,7 +12,7 @@ from llmpack.errors import RuntimeFailed
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Budget, judge
 from llmpack.target.measure import NOISY_CV, Measurement, Round, measure
-from llmpack.target.page_cache import cached_share, drop_from_cache
+from llmpack.target.page_cache import cached_share, drop_from_cache, measure_storage
 from llmpack.target.protocol import Protocol
 from llmpack.target.samples import Samples
 
@@ -116,3 +116,15 @@ def test_the_file_leaves_the_cache_before_the_load(path, measured):
 def test_a_context_beyond_the_model_is_refused(path):
     with pytest.raises(RuntimeFailed, match=f"beyond the {CONTEXT}"):
         measure(path, SETTINGS, 2 * CONTEXT, protocol=SHORT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is cached")
+def test_the_disk_is_read_and_not_the_cache(tmp_path):
+    found = measure_storage(tmp_path)
+    if found is None:  # a file system in memory: then no file of it ever leaves the cache
+        (tmp_path / "file").write_bytes(b"x" * (1 << 20))
+        assert drop_from_cache(tmp_path / "file") > 0.5
+    else:
+        assert 1e5 < found < 1e12
+    assert list(tmp_path.glob(".llmpack-*")) == []
+    assert measure_storage(tmp_path / "missing") is None
