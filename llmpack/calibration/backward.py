@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import HessianSum
 from llmpack.algorithms.sensitivity import Peak, SquareSum, draw_labels
+from llmpack.calibration.activations import Activations
 from llmpack.calibration.corpus import Corpus
-from llmpack.calibration.walk import Activations
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.tensors import decode
 from llmpack.digest import sha256_value

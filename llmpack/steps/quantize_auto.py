@@ -222,4 +222,4 @@ class _Rounding(QuantizeGptq):
 
     def encoding_for(self, spec: TensorSpec) -> str:
         """How a tensor is to be stored."""
-        return self.mix.get(spec.name, spec.encoding)
+        return self.mix.get(spec.name, "f32" if self.tunes(spec) else spec.encoding)

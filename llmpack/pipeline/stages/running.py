@@ -7,7 +7,6 @@ from typing import Any
 
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
-from llmpack.checkpoint.journal import shard_note
 from llmpack.errors import BudgetMissed, StepFailed
 from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
@@ -22,7 +21,7 @@ from llmpack.pipeline.plan import require_disk, seed_of
 from llmpack.pipeline.scoring import gather_scores, score_facts
 from llmpack.pipeline.stages.planning import plan
 from llmpack.pipeline.state import Build, StepRecord
-from llmpack.steps.blocks import compute_threads, shard_name
+from llmpack.steps.blocks import compute_threads, noted
 from llmpack.steps.quantize_auto import QuantizeAuto
 from llmpack.steps.step import Workbench
 
@@ -82,7 +81,7 @@ def _made(build: Build, planned: PlannedStep, before: _Before, name: str) -> tup
             checkpoint = Checkpoint.reopen(slot.content)
         else:
             checkpoint = _run_step(build, planned, before.graph, before.checkpoint, slot, before.corpus)
-        found = shard_note(checkpoint.folder, shard_name(None))
+        found = noted(checkpoint.folder, planned.graph.block_count)
         return checkpoint, StepRecord(planned.step.use, slot.key, facts, checkpoint.digest, cached, found)
 
 
