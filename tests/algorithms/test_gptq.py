@@ -73,8 +73,11 @@ def fitted(name, W, H):
 def test_in_float64_every_code_is_that_of_the_definition(name, order):
     W, H = problem(24, 256)
     enc, grid = fitted(name, W, H)
-    codes = gptq(W.double(), H, grid, enc, damping=0.01, order=order).codes
-    assert np.array_equal(codes.numpy(), slow_gptq(W, H, grid, 0.01, order))
+    codes = gptq(W.double(), H, grid, enc, damping=0.01, order=order).codes.int()
+    slow = torch.from_numpy(slow_gptq(W, H, grid, 0.01, order)).int()
+    if name == "mxfp4":  # zero has two codes there
+        codes, slow = (torch.where(one == 7, 8, one) for one in (codes, slow))
+    assert torch.equal(codes, slow)
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
@@ -84,7 +87,8 @@ def test_float32_weights_give_the_codes_and_the_objective_of_the_definition(name
     enc, grid = fitted(name, W, H)
     ours = gptq(W, H, grid, enc, damping=0.01, order=order)
     slow = torch.from_numpy(slow_gptq(W, H, grid, 0.01, order)).int()
-    assert float((ours.codes == slow).double().mean()) >= 0.999
+    same = ours.decode() == grid.levels().decode(slow)
+    assert float(same.double().mean()) >= 0.999
     wanted = objective(W, grid.levels().decode(slow), H)
     assert objective(W, ours.decode(), H) == pytest.approx(wanted, rel=1e-4)
 

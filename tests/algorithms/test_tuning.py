@@ -130,14 +130,8 @@ def test_tokens_count_the_same_whatever_their_length():
     assert float(output_error(1.1 * longer, longer)) == pytest.approx(0.01, rel=1e-5)
 
 
-def test_without_real_numbers_in_it_a_grid_cannot_move():
-    kind = encoding("q4_0")
-    W = torch.randn(2, 32)
-    rounded = kind.round(W, kind.fit(W))
-
-    class Whole(type(rounded.grid)):
-        units = ()
-
-    grid = Whole(rounded.grid.d, None, kind.steps, 32)
-    with pytest.raises(ValueError, match="q4_0"):
-        MovableScales(nn.Parameter(W), type(rounded)(rounded.codes, grid, kind))
+def test_scales_that_are_powers_of_two_cannot_move_by_a_little():
+    kind = encoding("mxfp4")
+    W = torch.randn(2, 32, generator=torch.Generator().manual_seed(4))
+    with pytest.raises(ValueError, match="mxfp4"):
+        MovableScales(nn.Parameter(W), kind.round(W, kind.fit(W)))
