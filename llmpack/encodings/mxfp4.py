@@ -1,7 +1,7 @@
 """mxfp4: blocks of 32 numbers of four bits with a power of two as their scale (OCP Microscaling Formats 1.0).
 
-A code is a sign and a float of three bits (e2m1), so the multiples of a scale are 0, 1, 2, 3, 4, 6, 8 and 12 halves. GGUF
-stores a block as the exponent of the scale (e8m0), then nibbles.
+A code is a sign and a float of three bits (e2m1), so the multiples of a scale are 0, 1, 2, 3, 4, 6, 8 and 12 halves.
+GGUF stores a block as the exponent of the scale (e8m0), then nibbles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ else:
     torch = LazyModule("torch")
 
 TABLE = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
-"""Twice what codes mean, ascending; zero has two codes. The file has the positive ones first, each half from zero up."""
+"""Twice what codes mean, ascending; zero has two codes. The file has the positive half first, each from zero up."""
 _NIBBLES = np.array([15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7], dtype=np.uint8)
 _CODES = np.argsort(_NIBBLES).astype(np.uint8)
 
@@ -106,7 +106,9 @@ class MXFP4(BlockwiseEncoding):
         (exponents,) = grid.stored
         if exponents is None:
             raise ValueError(f"the grid was not fitted for {self.name}")
-        return np.concatenate([exponents.cpu().reshape(-1, 1).numpy(), bits.pack_fields(_NIBBLES[codes], 4, 16)], axis=1)
+        return np.concatenate(
+            [exponents.cpu().reshape(-1, 1).numpy(), bits.pack_fields(_NIBBLES[codes], 4, 16)], axis=1
+        )
 
     def unpack_blocks(self, packed: np.ndarray, rows: int) -> tuple[np.ndarray, ScaleGrid]:
         """Codes [n, 32] uint8 and the grid."""

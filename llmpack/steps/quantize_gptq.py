@@ -107,9 +107,7 @@ class QuantizeGptq(Quantize):
         """One block, the second moments of its inputs, one of them factored; more with correction and refinement."""
         if batch is None:
             return ()
-        kind = Walk(
-            factored=True, reference=self.correction > 0, refined=self.refine > 0, tuned=self.tune > 0
-        )
+        kind = Walk(factored=True, reference=self.correction > 0, refined=self.refine > 0, tuned=self.tune > 0)
         return tuple(walk_moments(graph, self.preview(graph), batch, kind))
 
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
@@ -143,9 +141,7 @@ class QuantizeGptq(Quantize):
             outputs=self.tune > 0,
         )
 
-    def _block(
-        self, visit: Visit, target: ModelGraph, progress: Progress
-    ) -> tuple[dict[str, Treated], dict[str, Any]]:
+    def _block(self, visit: Visit, target: ModelGraph, progress: Progress) -> tuple[dict[str, Treated], dict[str, Any]]:
         """The tensors of a block that change, and what is worth knowing about the block."""
         treated: dict[str, Treated] = {}
         if self.tune and not self.correction:

@@ -37,7 +37,9 @@ def rounded_visits(checkpoint, folder, text, name="q4_0"):
 
 def test_the_output_of_every_block_comes_nearer_on_text_that_tuning_has_not_seen(checkpoint, tmp_path):
     unseen = rounded_visits(checkpoint, tmp_path / "unseen", corpus(seed=1, count=16))
-    for (visit, rounded), (other, same) in zip(rounded_visits(checkpoint, tmp_path / "own", corpus()), unseen, strict=True):
+    for (visit, rounded), (other, same) in zip(
+        rounded_visits(checkpoint, tmp_path / "own", corpus()), unseen, strict=True
+    ):
         plain = held_error(other)
         found = tune(visit, rounded, steps=24, rate=2e-3)
         assert found.kept
