@@ -129,7 +129,7 @@ class Visit:
         return sums
 
     def moments(self, inputs: Collection[str] | None = None) -> dict[str, Moments]:
-        """Second moments of each input, and those between it and the reference's, over every token of the corpus.
+        """Second moments of each input, and those between it and the reference's, but for sequences that decide later.
 
         One forward pass of both streams, with the block as the checkpoint has it. Raises ValueError in a walk without a
         reference, and once something was replaced.
@@ -147,8 +147,8 @@ class Visit:
                 if sums:
                     self._forward.run(Block(self.index, self._module), next(own))
                 for name, one in sums.items():
-                    one.own.add(seen[name])
-                    one.drift.add(reference[name], seen[name])
+                    fitted = one.drift.add(reference[name], seen[name])
+                    one.own.add(seen[name] if len(fitted) == len(seen[name]) else seen[name][fitted])
                 yield output
 
         with self._watched({name: partial(seen.__setitem__, name) for name in sums}):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmpack.algorithms.drift import DriftSum, follow, shift, true_share
+from llmpack.algorithms.drift import DriftSum, follow, shift, tried, true_share, unseen_error
 from llmpack.algorithms.gptq import Rounded, objective, refine, round_together
 from llmpack.algorithms.hessian import Factor, HessianSum, damping_level, factorize
 from llmpack.allocator import give_back_memory
@@ -54,7 +54,7 @@ class QuantizeGptq(Quantize):
     are those that it will really see: outputs of the blocks rounded before it.
     """
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     damping: float = Field(default=0.03, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less. 0.03 is
@@ -70,7 +70,8 @@ class QuantizeGptq(Quantize):
 
     refine: int = Field(default=1, ge=0, le=16)
     """Rounds of refinement after rounding: scales are fitted again to the codes chosen, then each code takes its best
-    value given all others. A round costs about as much as rounding itself."""
+    value given all others. A round costs about as much as rounding itself. Where correction keeps sequences out, these
+    decide whether a matrix stays refined."""
 
     tune: int = Field(default=0, ge=0, le=10_000)
     """Steps of gradient descent on the scales and norms of each rounded block (codes stay), so that it puts out what
@@ -151,7 +152,12 @@ class QuantizeGptq(Quantize):
             with at_block(self.use, visit.index, specs):
                 treated |= self._group(visit, specs, gathered.pop(inputs), progress)
             give_back_memory()
-        return self._tuned(visit, treated, progress) if self.tune else (treated, {})
+        asked = [one.note["refined"] for one in treated.values() if "refined" in one.note]
+        note = {"refinement": {"kept": sum(asked), "of": len(asked)}} if asked else {}
+        if self.tune:
+            changed, found = self._tuned(visit, treated, progress)
+            return {**treated, **changed}, {**note, **found}
+        return treated, note
 
     def _tuned(
         self, visit: Visit, treated: Mapping[str, Treated], progress: Progress
@@ -165,7 +171,7 @@ class QuantizeGptq(Quantize):
             for name, one in tuned.rounded.items()
         }
         give_back_memory()
-        return {**treated, **stay, **moved}, {
+        return {**stay, **moved}, {
             "tuning": {"kept": tuned.kept, "output_error": tuned.before, "tuned_output_error": tuned.after}
         }
 
@@ -179,6 +185,7 @@ class QuantizeGptq(Quantize):
         importance = torch.diagonal(H).clone()
         factor = self._factor(H, visit.index, specs, progress)
         weights, strengths = self._weights(visit, specs, drift, factor)
+        unseen = None if drift is None else tried(drift.held())
         drift = None
         if factor is not None and self.refine:
             torch.diagonal(H).add_(damping_level(H, factor.damping))  # from here on H is damped
@@ -194,15 +201,27 @@ class QuantizeGptq(Quantize):
             grids = _fit(some, importance, kind)
             rounded = _nearest(some, grids, kind, H) if factor is None else _round(some, grids, kind, factor)
             for spec, W, one in zip(chosen, some, rounded, strict=True):
-                best = one if factor is None or not self.refine else _refined(W, H, one, self.refine, factor)
+                best, won = (one, {}) if factor is None or not self.refine else self._better(W, H, one, factor, unseen)
                 with phase("pack", numbers=spec.parameters):
                     visit.replace(spec.name, best.quantized.decode())
-                    note = {"error": best.relative_error, "clipped": best.clipped, **_of_factor(factor)}
+                    note = {"error": best.relative_error, "clipped": best.clipped, **_of_factor(factor), **won}
                     if spec.name in strengths:
                         note["correction"] = strengths[spec.name]
                     packed = packed_as(spec, best.quantized.pack())
                     treated[spec.name] = Treated(packed, note, best.quantized if self.tune else None)
         return treated
+
+    def _better(
+        self, W: Tensor, H: Tensor, plain: Rounded, factor: Factor, unseen: Tensor | None
+    ) -> tuple[Rounded, dict[str, Any]]:
+        """The refined matrix, or the plain one where that is nearer on inputs kept out of H; and which has won."""
+        refined = _refined(W, H, plain, self.refine, factor)
+        if unseen is None:
+            return refined, {}
+        with phase("compare", numbers=W.numel()):
+            before, after = (unseen_error(W, one.quantized, unseen) for one in (plain, refined))
+        won = after < before
+        return refined if won else plain, {"refined": won, "unseen_ratio": after / before if before > 0 else 1.0}
 
     def _weights(
         self, visit: Visit, specs: Sequence[TensorSpec], drift: DriftSum | None, factor: Factor | None
