@@ -117,8 +117,9 @@ class MovableScales(Movable):
         by_scale = gradient.new_empty(shape)
         by_offset = None if self._grid.offsets is None else gradient.new_empty(shape)
         for run in self._runs():
-            some = gradient[run].unflatten(1, (-1, self._grid.group))
-            by_scale[run] = self._multiples(run).mul_(some).sum(-1)
+            multiples = self._multiples(run)
+            some = gradient[run].reshape(multiples.shape)
+            by_scale[run] = multiples.mul_(some).sum(-1)
             if by_offset is not None:
                 by_offset[run] = some.sum(-1)
         with torch.enable_grad():
@@ -133,7 +134,7 @@ class MovableScales(Movable):
     def _multiples(self, run: slice) -> Tensor:
         """[rows, groups, group] what the codes of some rows stand for in units of their scale."""
         some = self._grid.select_rows(run).multiples(self._codes[run]).to(self.weight.dtype)
-        return some.unflatten(1, (-1, self._grid.group))
+        return some.reshape(len(some), -1, self._grid.group)
 
 
 class Tuning:
@@ -153,7 +154,8 @@ class Tuning:
             group["lr"] = self._rate * (1 - self._done / self._steps)
         with ExitStack() as watched:
             for one in self._movables:
-                hook = one.weight.requires_grad_(True).register_post_accumulate_grad_hook(partial(_pass_on, one))
+                one.weight.requires_grad_(True)
+                hook = one.weight.register_post_accumulate_grad_hook(partial(_pass_on, one))  # type: ignore[no-untyped-call]
                 watched.callback(hook.remove)
                 watched.callback(one.weight.requires_grad_, False)
             value = loss()

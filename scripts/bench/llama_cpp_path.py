@@ -16,8 +16,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
+from llama_cpp import _ctypes_extensions, _ggml
 from llama_cpp import llama_cpp as api
 
 FILE_TYPES = {"q4_0": 2, "q4_k": 14, "iq4_nl": 25}
@@ -62,7 +62,7 @@ class _Sums:
     """Sums of squares of the inputs of linear maps, by the name of the weight."""
 
     def __init__(self) -> None:
-        ggml = llama_cpp._ctypes_extensions.load_shared_library("ggml-base", llama_cpp._ggml.libggml_base_path)
+        ggml = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
         self._operation = ggml.ggml_op_desc
         self._operation.argtypes, self._operation.restype = [ctypes.c_void_p], ctypes.c_char_p
         self.sums: dict[bytes, np.ndarray] = {}

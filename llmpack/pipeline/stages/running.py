@@ -152,7 +152,7 @@ class _Calibration:
         return self._corpus
 
     def unseen(self, tokens: int) -> Tensor:
-        """Sequences of the same sources that no step sees, to judge candidates on.."""
+        """Sequences of the same sources that no step sees, to judge candidates on."""
         if self._text is None:
             raise StepFailed("candidates are judged on calibration text, and the recipe has none")
         return self._text.after(tokens)
