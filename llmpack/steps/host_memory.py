@@ -26,7 +26,7 @@ WIDTHS, INNER_WIDTHS = 3, 3
 SEARCH = 44
 """Bytes for each number whose scale is searched: eleven arrays of them."""
 
-KEPT_WIDTHS, KEPT_INNER_WIDTHS = 22, 5
+KEPT_WIDTHS, KEPT_INNER_WIDTHS = 20, 7
 """The same while gradients pass through a block."""
 
 
