@@ -123,7 +123,7 @@ def tried(held: tuple[Tensor, Tensor] | None) -> Tensor | None:
 def unseen_error(W: Tensor, rounded: Quantized, x: Tensor) -> float:
     """``|(W - Q) x|^2`` over inputs x [tokens, columns] that the sums have not seen, some rows at a time."""
     total = 0.0
-    for run in runs(*W.shape, SLAB):
+    for run in runs(W.shape[0], W.shape[1], SLAB):
         Q = rounded.grid.select_rows(run).levels().decode(rounded.codes[run].to(torch.int32))
         total += float(((W[run] - Q) @ x.T.to(W.dtype)).square_().sum(dtype=torch.float64))
     return total
