@@ -162,8 +162,7 @@ def _kl(p: Tensor, q: Tensor, first: int) -> Tensor:
     bad = ~(torch.isfinite(p).all(-1) & torch.isfinite(q).all(-1))
     if bool(bad.any()):
         raise NumericalError(f"logits of token {first + int(bad.nonzero()[0])} are not finite; the model is damaged")
-    log_p = torch.log_softmax(p, -1)
-    return (log_p.exp() * (log_p - torch.log_softmax(q, -1))).sum(-1).clamp_min_(0)
+    return Original(torch.log_softmax(p, -1)).kl(q)
 
 
 def _chunks(tokens: Tensor) -> Sequence[Tensor]:
@@ -173,6 +172,20 @@ def _chunks(tokens: Tensor) -> Sequence[Tensor]:
 def _same_shape(logits_p: Tensor, logits_q: Tensor) -> None:
     if logits_p.shape != logits_q.shape or logits_p.dim() != 2:
         raise ValueError(f"logits [tokens, vocabulary] differ in shape: {[*logits_p.shape]} and {[*logits_q.shape]}")
+
+
+class Original:
+    """Predictions of one model that those of a few others are compared with exactly.
+
+    log_p  [tokens, vocabulary] float64
+    """
+
+    def __init__(self, log_p: Tensor) -> None:
+        self._log_p, self._p = log_p, log_p.exp()
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """``KL(p || q)`` [tokens] float64 of others' logits [tokens, vocabulary]; not finite where these are not."""
+        return (self._p * (self._log_p - torch.log_softmax(logits.to(torch.float64), -1))).sum(-1).clamp_min_(0)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ arXiv:2504.02692) adds the same term column by column inside GPTQ; on fixed scal
 beforehand, in closed form, and the scales are then fitted to what is rounded.
 
 Least squares on few tokens also predicts what is chance. So some sequences are kept out of the fit, and on these
-every matrix shows how much of its shift is true.
+every matrix shows how much of its shift is true. The same sequences decide wherever two roundings compete.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import CrossSum, Factor
+from llmpack.encodings.encoding import Quantized
+from llmpack.encodings.tiles import SLAB, runs
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,9 @@ STRIP = 1024
 HELD_TOKENS = 1024
 """No more tokens than these are kept: they decide on one number for each matrix."""
 
+TRIED_TOKENS = 384
+"""So many of them, evenly taken, decide between two roundings of a matrix; both meet the same ones."""
+
 
 class DriftSum:
     """How far one input has moved, over sequences seen twice: in the unchanged model (r) and now (x)."""
@@ -43,9 +48,10 @@ class DriftSum:
         self._held: list[tuple[Tensor, Tensor]] = []
         self._held_tokens = 0
 
-    def add(self, reference: Tensor, x: Tensor) -> None:
-        """Add pairs [sequences, tokens, columns]."""
-        for was, now in zip(reference, x, strict=True):
+    def add(self, reference: Tensor, x: Tensor) -> list[int]:
+        """Add pairs [sequences, tokens, columns]; gives back which of these sequences belong to the fit."""
+        fitted = []
+        for at, (was, now) in enumerate(zip(reference, x, strict=True)):
             self._sequences += 1
             moved = was - now
             room = HELD_TOKENS - self._held_tokens
@@ -54,6 +60,8 @@ class DriftSum:
                 self._held_tokens += len(now[:room])
             else:
                 self._sum.add(moved, now)
+                fitted.append(at)
+        return fitted
 
     def moved(self) -> Tensor:
         """``E[(r - x) x^T]`` [columns, columns] float32 over the sequences of the fit; NumericalError without any."""
@@ -102,6 +110,23 @@ def follow(W: Tensor, S: Tensor, strength: float) -> Tensor:
     noisy inputs, and shrinking in every layer adds up; part of it is better for the model.
     """
     return W.to(torch.promote_types(W.dtype, S.dtype)).add(S, alpha=strength).to(W.dtype)
+
+
+def tried(held: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Inputs [tokens, columns] on which roundings are compared; None where none were kept."""
+    if held is None:
+        return None
+    now = held[1]
+    return now[:: max(1, len(now) // TRIED_TOKENS)][:TRIED_TOKENS]
+
+
+def unseen_error(W: Tensor, rounded: Quantized, x: Tensor) -> float:
+    """``|(W - Q) x|^2`` over inputs x [tokens, columns] that the sums have not seen, some rows at a time."""
+    total = 0.0
+    for run in runs(W.shape[0], W.shape[1], SLAB):
+        Q = rounded.grid.select_rows(run).levels().decode(rounded.codes[run].to(torch.int32))
+        total += float(((W[run] - Q) @ x.T.to(W.dtype)).square_().sum(dtype=torch.float64))
+    return total
 
 
 def _over_hessian(left: Tensor, factor: Factor) -> Tensor:

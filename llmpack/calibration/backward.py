@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import HessianSum
 from llmpack.algorithms.sensitivity import Peak, SquareSum, draw_labels
+from llmpack.calibration.activations import Activations
 from llmpack.calibration.corpus import Corpus
-from llmpack.calibration.walk import Activations
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.tensors import decode
 from llmpack.digest import sha256_value
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.models.forward import BATCH_TOKENS, Block, Forward
 from llmpack.models.graph import ModelGraph
+from llmpack.profile import phase
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ class Backward:
 
         def gradients() -> Iterator[Tensor]:
             step = max(1, HEAD_NUMBERS // spec.shape[0])
-            with self._progress.task("head", self._corpus.tokens.numel()) as done:
+            tokens = self._corpus.tokens.numel()
+            with self._progress.task("head", tokens) as done, phase("head, forward and back", tokens=tokens):
                 for batch in self._inputs.read(last):
                     flat = batch.flatten(0, 1)
                     parts = []

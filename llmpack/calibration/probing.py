@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.divergence import kl_divergence
+from llmpack.algorithms.divergence import Original, kl_divergence
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.encodings import encoding
 from llmpack.encodings.encoding import GridEncoding
 from llmpack.errors import NumericalError
 from llmpack.models.forward import Block, Forward, batches, final_hidden
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.profile import phase
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ else:
 
     torch = LazyModule("torch")
 
-TOKENS = 2048
-"""Most tokens on which probes are measured."""
+TOKENS = 1024
+"""Most tokens on which probes are measured: every part costs a forward pass over them."""
 ENCODING = "q5_0"
 """What a probe rounds to: coarse enough to be seen, fine enough that divergences still add up."""
 PLAIN = ""
-CHUNK = 128
+CHUNK = 64
 """Tokens whose logits are compared at once."""
 
 
@@ -70,7 +71,8 @@ class Probes:
         return list(batches(*self._tokens.shape))
 
     def _rounded(self, W: Tensor, importance: Tensor | None = None) -> Tensor:
-        return self._kind.round(W, self._kind.fit(W, importance)).decode()
+        with phase("round for probes", numbers=W.numel()):
+            return self._kind.round(W, self._kind.fit(W, importance)).decode()
 
     def _start(self, part: str) -> Tensor:
         change = self._rounded if part == "embedding" else None
@@ -120,14 +122,16 @@ class Probes:
         changed = next((p for p in self.parts if p == "output" or (p == "embedding" and self._tied)), None)
         head = self._rounded(self._forward.head()) if changed else None
         totals = dict.fromkeys(self.parts, 0.0)
-        with self._progress.task("probes, head", self._tokens.numel()) as done:
+        tokens = self._tokens.numel()
+        with self._progress.task("probes, head", tokens) as done, phase("compare probes", tokens=tokens):
             for start in range(0, self._tokens.numel(), CHUNK):
                 rows = slice(start, start + CHUNK)
-                plain = self._forward.logits(normed[PLAIN][None, rows])[0].float()
+                plain = self._forward.logits(normed[PLAIN][None, rows])[0]
+                original = Original(torch.log_softmax(plain.double(), -1))
                 for part in self.parts:
                     other = head if part == changed else None
-                    logits = self._forward.logits(normed[part][None, rows], other)[0].float()
-                    totals[part] += float(kl_divergence(plain, logits).sum())
+                    logits = self._forward.logits(normed[part][None, rows], other)[0]
+                    totals[part] += float(original.kl(logits).sum())
                 done(len(plain))
         for part, total in totals.items():
             if not total < float("inf"):

@@ -28,9 +28,10 @@ from llmpack.checkpoint.atomic import write_atomic
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.tensors import decode
 from llmpack.encodings import encoding
-from llmpack.encodings.encoding import GridEncoding
+from llmpack.encodings.encoding import Encoding, GridEncoding
 from llmpack.errors import NumericalError
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.profile import phase
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ else:
 
     torch = LazyModule("torch")
 
-ROWS = 256
-"""Most rows of a matrix of a block on which candidates are tried."""
+ROWS = 128
+"""Most rows of a matrix of a block on which candidates are tried, all on the same ones. They are taken in proportion to
+what they are expected to contribute, so what an encoding costs is known to some 4 %."""
 OUTSIDE_ROWS = 2048
 """Most rows of the embedding and of the head."""
 SLAB = 1 << 24
@@ -170,19 +172,15 @@ class Scoring:
     def _errors(self, spec: TensorSpec, W: Tensor, importance: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """Each candidate's error of rounding these rows to nearest; encodings that do not fit the row are none."""
         for name in self._encodings:
-            kind = encoding(name)
-            if kind.problem(spec.shape[1]) is not None:
-                continue
-            if not len(W):
-                yield name, W
+            if encoding(name).problem(spec.shape[1]) is not None:
                 continue
             try:
-                if isinstance(kind, GridEncoding):
-                    yield name, kind.round(W, kind.fit(W, importance)).decode() - W
-                else:
-                    yield name, kind.decode(kind.encode(W), spec.shape[1]) - W
-            except ValueError as error:
-                self._notes.append(f"{spec.name}: {name} is no candidate, since {error}")
+                with phase("round to candidates", numbers=W.numel()):
+                    error = _rounding_error(encoding(name), W, importance)
+            except ValueError as problem:
+                self._notes.append(f"{spec.name}: {name} is no candidate, since {problem}")
+            else:
+                yield name, error
 
     def _slabs(self, spec: TensorSpec) -> Iterator[Tensor]:
         step = max(1, SLAB // spec.shape[1])
@@ -198,6 +196,14 @@ class Scoring:
 
     def _decoded(self, spec: TensorSpec, packed: np.ndarray) -> Tensor:
         return decode(packed, self._checkpoint.tensors[spec.name].encoding, (len(packed), spec.shape[1])).float()
+
+
+def _rounding_error(kind: Encoding, W: Tensor, importance: Tensor | None) -> Tensor:
+    if not len(W):
+        return W
+    if isinstance(kind, GridEncoding):
+        return kind.round(W, kind.fit(W, importance)).decode() - W
+    return kind.decode(kind.encode(W), W.shape[1]) - W
 
 
 def _score(

@@ -14,9 +14,8 @@ walk starts again at that block, with the same bytes.
 
 from __future__ import annotations
 
-import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,17 +23,15 @@ from itertools import chain, dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llmpack.algorithms.drift import DriftSum
 from llmpack.algorithms.hessian import HessianSum
 from llmpack.allocator import give_back_memory
+from llmpack.calibration.activations import Activations
 from llmpack.calibration.corpus import Corpus
-from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.digest import sha256_value
 from llmpack.errors import StepFailed
-from llmpack.models.forward import BATCH_TOKENS, Block, Forward, batches
+from llmpack.models.forward import BATCH_TOKENS, Block, Forward
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.profile import uncount
 from llmpack.progress import QUIET, Progress
@@ -62,88 +59,6 @@ class Moments:
     drift: DriftSum
 
 
-class Activations:
-    """Inputs of one block for every sequence, [N, length, D] float32, in one file per block.
-
-    A second stream, the reference's, follows the first in the file.
-
-    The name of a file holds what they depend on: checkpoint, corpus and precision. What was replaced in the blocks
-    before is not in it, so a folder belongs to one step with one set of options.
-    """
-
-    def __init__(self, folder: Path, identity: str, shape: tuple[int, int, int], streams: int = 1) -> None:
-        self.folder, self.identity, self.shape, self.streams = folder, identity, shape, streams
-
-    def path(self, index: int) -> Path:
-        """The file of the inputs of block `index`."""
-        return self.folder / f"activations-{self.identity}-{index:04d}.f32"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a file."""
-        return 4 * self.streams * int(np.prod(self.shape, dtype=np.int64))
-
-    def newest(self) -> int | None:
-        """The last block whose inputs are there, whole."""
-        name = re.compile(rf"activations-{self.identity}-(\d{{4,}})\.f32")
-        found = [int(match[1]) for path in self.folder.glob("activations-*") if (match := name.fullmatch(path.name))]
-        whole = [index for index in found if self.path(index).stat().st_size == self.nbytes]
-        return max(whole, default=None)
-
-    def keep_only(self, index: int | None) -> None:
-        """Remove every file of activations but that of one block."""
-        for path in self.folder.iterdir():
-            stale = path.name.startswith("activations-") and (index is None or path != self.path(index))
-            if stale or (is_temporary(path.name) and path.name.startswith(".activations-")):
-                path.unlink()
-
-    def parts(self) -> list[slice]:
-        """The sequences of each batch."""
-        return list(batches(self.shape[0], self.shape[1]))
-
-    def read(self, index: int, stream: int = 0) -> Iterator[Tensor]:
-        """The inputs of a block, batch by batch; stream 1 is the reference's."""
-        return self._read(self.path(index), stream * self.nbytes // self.streams)
-
-    def read_reference_draft(self, index: int) -> Iterator[Tensor]:
-        """What `reference_draft` holds, batch by batch."""
-        return self._read(self.reference_draft(index), 0)
-
-    def _read(self, path: Path, offset: int) -> Iterator[Tensor]:
-        with path.open("rb") as file:
-            file.seek(offset)
-            for part in self.parts():
-                batch = torch.empty((part.stop - part.start, *self.shape[1:]), dtype=torch.float32)
-                if file.readinto(batch.numpy().data.cast("B")) != 4 * batch.numel():
-                    raise StepFailed(f"{path} ends early; delete it and start again")
-                yield batch
-
-    def write(self, path: Path, hidden: Iterable[Tensor]) -> None:
-        """Store hidden states batch by batch, whole and durable."""
-        require_space(self.folder, self.nbytes)
-        with (
-            disk_errors(self.folder, self.nbytes),
-            replaced_when_whole(path) as temporary,
-            temporary.open("wb") as file,
-        ):
-            for batch in hidden:
-                file.write(batch.to(device="cpu", dtype=torch.float32).contiguous().numpy().data)
-
-    def draft(self, index: int) -> Path:
-        """Where inputs of block `index` wait until the block before is done with."""
-        return self.path(index).with_suffix(".draft")
-
-    def reference_draft(self, index: int) -> Path:
-        """Where the reference's inputs of block `index` wait until those of the walk itself are there."""
-        return self.path(index).with_suffix(".reference")
-
-    def begin(self, index: int) -> None:
-        """Let the draft become the inputs of block `index`, and remove those of all others."""
-        self.draft(index).replace(self.path(index))
-        fsync_folder(self.folder)
-        self.keep_only(index)
-
-
 class Visit:
     """One block, while the walk stands at it.
 
@@ -152,12 +67,13 @@ class Visit:
     """
 
     def __init__(
-        self, forward: Forward, activations: Activations, index: int, progress: Progress, observe: bool
+        self, forward: Forward, activations: Activations, index: int, progress: Progress, observe: bool, last: int
     ) -> None:
         self.index = index
         self.specs: tuple[TensorSpec, ...] = forward.graph.block(index)
         self._forward, self._activations, self._progress = forward, activations, progress
         self._observe, self._drafted, self._referred = observe, False, False
+        self._last = last  # the block whose outputs nobody reads
         self._block: Block | None = forward.load_block(index)
         self._replaced: set[str] = set()
 
@@ -167,8 +83,9 @@ class Visit:
             raise ValueError(f"the walk has left block {self.index}")
         return self._block.module
 
-    def _parameter(self, spec: TensorSpec) -> nn.Parameter:
-        return self._module.get_parameter(self._forward.module_path(spec))
+    def parameter(self, name: str) -> nn.Parameter:
+        """A tensor as the block runs with it."""
+        return self._module.get_parameter(self._forward.module_path(self._spec(name)))
 
     def _spec(self, name: str) -> TensorSpec:
         for spec in self.specs:
@@ -178,9 +95,8 @@ class Visit:
 
     def weight(self, name: str) -> Tensor:
         """A copy of a tensor, float32: of the checkpoint, or what it was replaced with, as the forward pass has it."""
-        spec = self._spec(name)
         if name in self._replaced:
-            return self._parameter(spec).to(device="cpu", dtype=torch.float32, copy=True)
+            return self.parameter(name).to(device="cpu", dtype=torch.float32, copy=True)
         values = self._forward.checkpoint.read(name).to(torch.float32)
         self._forward.checkpoint.release([name])
         return values
@@ -196,7 +112,8 @@ class Visit:
         if tuple(W.shape) != spec.shape:
             raise ValueError(f"{name} is {list(spec.shape)}, its replacement {list(W.shape)}")
         self._replaced.add(name)
-        self._parameter(spec).copy_(W)
+        with torch.no_grad():
+            self.parameter(name).copy_(W)
 
     def hessians(self, inputs: Collection[str] | None = None) -> dict[str, HessianSum]:
         """Second moments of each input of the block (see `TensorSpec.inputs`), over every token of the corpus.
@@ -212,7 +129,7 @@ class Visit:
         return sums
 
     def moments(self, inputs: Collection[str] | None = None) -> dict[str, Moments]:
-        """Second moments of each input, and those between it and the reference's, over every token of the corpus.
+        """Second moments of each input, and those between it and the reference's, but for sequences that decide later.
 
         One forward pass of both streams, with the block as the checkpoint has it. Raises ValueError in a walk without a
         reference, and once something was replaced.
@@ -227,10 +144,11 @@ class Visit:
             own = self._activations.read(self.index)
             for output in self._outputs(stream=1):
                 reference = dict(seen)
-                self._forward.run(Block(self.index, self._module), next(own))
+                if sums:
+                    self._forward.run(Block(self.index, self._module), next(own))
                 for name, one in sums.items():
-                    one.own.add(seen[name])
-                    one.drift.add(reference[name], seen[name])
+                    fitted = one.drift.add(reference[name], seen[name])
+                    one.own.add(seen[name] if len(fitted) == len(seen[name]) else seen[name][fitted])
                 yield output
 
         with self._watched({name: partial(seen.__setitem__, name) for name in sums}):
@@ -264,8 +182,8 @@ class Visit:
             return hooks.pop_all()
 
     def _write_reference(self, outputs: Iterator[Tensor]) -> None:
-        """Keep the reference's outputs until the walk leaves; after the last block nobody reads them."""
-        if self.index + 1 < self._forward.graph.block_count and not self._referred:
+        """Keep the reference's outputs until the walk leaves, where somebody reads them."""
+        if self.index != self._last and not self._referred:
             self._activations.write(self._activations.reference_draft(self.index + 1), outputs)
             self._referred = True
         else:
@@ -295,6 +213,21 @@ class Visit:
         """Parameters of the linear maps that read an input or one after it."""
         late = list(dropwhile(lambda group: group[0] != inputs, self._forward.graph.input_groups(self.index).items()))
         return sum(spec.parameters for _, specs in late for spec in specs)
+
+    def pairs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Sequences, the hidden states that the block sees there, and what the unchanged model has after it.
+
+        Raises ValueError before `moments` in a walk with `outputs`.
+        """
+        if not self._referred:
+            raise ValueError("what the unchanged model puts out is known after its pass, in a walk that keeps it")
+        given, wanted = self._activations.read(self.index), self._activations.read_reference_draft(self.index + 1)
+        yield from zip(self._activations.parts(), given, wanted, strict=True)
+
+    def run(self, hidden: Tensor, *, learning: bool = False) -> Tensor:
+        """Hidden states [B, T, D] after the block as it is now; learning: for gradients by its parameters."""
+        block = Block(self.index, self._module)
+        return self._forward.learn(block, hidden) if learning else self._forward.run(block, hidden)
 
     def leave(self) -> None:
         """Called by the walk: see to the inputs of the next block, and give the memory of this one back."""
@@ -363,6 +296,7 @@ def walk(
     device: torch.device | str = "cpu",
     observe: bool = False,
     reference: bool = False,
+    outputs: bool = False,
 ) -> Iterator[Visit]:
     """Visit the blocks from `start` on, in order.
 
@@ -371,6 +305,7 @@ def walk(
     dtype      in which blocks run (float32); activations are kept as float32
     observe    nothing will be replaced: the pass that gathers `Visit.hessians` also makes the next block's inputs
     reference  carry the unchanged model beside, for `Visit.moments`
+    outputs    with a reference: its outputs are for `Visit.pairs`, those of the last block too
 
     When the next visit is asked for, the block runs with whatever was replaced in it, and the visit before is over.
     After the last block nothing runs, since nobody reads its outputs, and no activations are left.
@@ -387,7 +322,7 @@ def walk(
     elif activations.newest() != start:
         raise StepFailed(f"{work} does not hold the inputs of block {start}; delete it and start again")
     for index in range(start, graph.block_count):
-        visit = Visit(forward, activations, index, progress, observe)
+        visit = Visit(forward, activations, index, progress, observe, -1 if outputs else graph.block_count - 1)
         checkpoint.prefetch(spec.name for spec in graph.tensors if spec.block == index + 1)
         yield visit
         if index + 1 < graph.block_count:

@@ -110,12 +110,11 @@ def _stands(folder: Path, shard: FinishedShard) -> bool:
     return header.tensors.keys() == shard.tensors.keys() and header_digest(path) == shard.header
 
 
-def shard_note(folder: Path, shard: str) -> Mapping[str, Any]:
-    """What a step noted with one shard of a finished folder; empty where it noted nothing."""
+def shard_notes(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """What a step noted with each shard of a finished folder, by name of the shard."""
     path = folder / NAME
     values = _values(path)[0] if path.exists() else []
-    notes = [value["note"] for value in values[1:] if value.get("shard") == shard]
-    return notes[-1] if notes else {}
+    return {value["shard"]: value["note"] for value in values[1:]}
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ ENCODINGS: Table[type[Encoding]] = Table(
         "q5_0": "llmpack.encodings.legacy:Q5_0",
         "q5_1": "llmpack.encodings.legacy:Q5_1",
         "iq4_nl": "llmpack.encodings.legacy:IQ4_NL",
+        "mxfp4": "llmpack.encodings.mxfp4:MXFP4",
         "q2_k": "llmpack.encodings.kquants:Q2_K",
         "q3_k": "llmpack.encodings.kquants:Q3_K",
         "q4_k": "llmpack.encodings.kquants:Q4_K",

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmpack.encodings.encoding import Grid, Levels
+from llmpack.encodings.search import to_half, to_unit
 from llmpack.encodings.steps import Steps
 
 if TYPE_CHECKING:
@@ -52,6 +53,24 @@ class ScaleGrid(Grid):
     @abstractmethod
     def holding(self, stored: Stored) -> Self:
         """A grid of the same kind of other stored numbers."""
+
+    @property
+    def units(self) -> tuple[Tensor, ...]:
+        """The real numbers among what is stored, float32: those that may move a little while codes stay; often none."""
+        return ()
+
+    @property
+    def strides(self) -> tuple[Tensor, ...]:
+        """How far a natural step moves each of `units`, float32, not negative: in proportion to a scale."""
+        return ()
+
+    def spread(self, units: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """Scales and offsets [rows, groups] with other units, in their dtype; gradients pass through."""
+        return self.scales, self.offsets
+
+    def moved(self, units: tuple[Tensor, ...]) -> Self:
+        """The grid with other units, rounded to what the file stores."""
+        return self
 
     @property
     def rows(self) -> int:
@@ -125,6 +144,24 @@ class BlockGrid(ScaleGrid):
         return None if self.m is None else self.m.to(torch.float32)
 
     @property
+    def units(self) -> tuple[Tensor, ...]:
+        """d, and m where there is one."""
+        return tuple(half.to(torch.float32) for half in (self.d, self.m) if half is not None)
+
+    @property
+    def strides(self) -> tuple[Tensor, ...]:
+        """A scale moves in proportion to itself, a minimum in proportion to its scale."""
+        return tuple(self.d.to(torch.float32).abs() for _ in self.units)
+
+    def spread(self, units: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """The units themselves."""
+        return units[0], units[1] if len(units) > 1 else None
+
+    def moved(self, units: tuple[Tensor, ...]) -> BlockGrid:
+        """The grid with other d and m."""
+        return BlockGrid(_half(units[0], self.d), None if self.m is None else _half(units[1]), self.steps, self.group)
+
+    @property
     def stored(self) -> Stored:
         """d and m."""
         return self.d, self.m
@@ -157,12 +194,34 @@ class SuperGrid(ScaleGrid):
     @cached_property
     def scales(self) -> Tensor:
         """[rows, groups] float32."""
-        return _spread(self.d, self.factors)
+        return _spread(self.d.to(torch.float32), self.factors)
 
     @cached_property
     def offsets(self) -> Tensor | None:
         """[rows, groups] float32, or None."""
-        return None if self.dmin is None or self.minima is None else -_spread(self.dmin, self.minima)
+        if self.dmin is None or self.minima is None:
+            return None
+        return -_spread(self.dmin.to(torch.float32), self.minima)
+
+    @property
+    def units(self) -> tuple[Tensor, ...]:
+        """d, and dmin where there is one."""
+        return tuple(half.to(torch.float32) for half in (self.d, self.dmin) if half is not None)
+
+    @property
+    def strides(self) -> tuple[Tensor, ...]:
+        """Each moves in proportion to itself."""
+        return tuple(unit.abs() for unit in self.units)
+
+    def spread(self, units: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """Each group's integers times the units of its super-block."""
+        scales = _spread(units[0], self.factors)
+        return scales, None if self.minima is None else -_spread(units[1], self.minima)
+
+    def moved(self, units: tuple[Tensor, ...]) -> SuperGrid:
+        """The grid with other d and dmin."""
+        dmin = None if self.dmin is None else _half(units[1], self.dmin)
+        return SuperGrid(_half(units[0], self.d), dmin, self.factors, self.minima, self.steps, self.group)
 
     @property
     def stored(self) -> Stored:
@@ -178,6 +237,12 @@ class SuperGrid(ScaleGrid):
 
 
 def _spread(unit: Tensor, integers: Tensor) -> Tensor:
-    """Each group's integer times the unit of its super-block, in float32 as llama.cpp multiplies."""
+    """Each group's integer times the unit of its super-block, in float32 as llama.cpp multiplies, or in float64."""
     per = integers.shape[1] // unit.shape[1]
-    return unit.to(torch.float32).repeat_interleave(per, dim=1) * integers.to(torch.float32)
+    return unit.repeat_interleave(per, dim=1) * integers.to(unit.dtype)
+
+
+def _half(unit: Tensor, before: Tensor | None = None) -> Tensor:
+    """As float16; with what it was before: only a scale that was 0 may become 0."""
+    rounded = to_half(unit) if before is None else torch.where(before == 0, 0.0, to_unit(unit))
+    return rounded.to(torch.float16)

@@ -15,6 +15,8 @@ from llmpack.pipeline.recipe import CalibrationSection, EvaluationSection
 from llmpack.pipeline.toml_positions import TomlDocument
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmpack.calibration.corpus import Corpus
 
 CORPUS = "corpus"
@@ -55,14 +57,27 @@ class Text:
 
     def build(self, cache: Cache) -> Corpus:
         """The tokens. Raises RecipeError for text that is missing or too short."""
+        corpus = self._built(self.section.tokens)
+        cache.remember(CORPUS, self.facts(), {"digest": corpus.digest})
+        return corpus
+
+    def after(self, tokens: int) -> Tensor:
+        """Sequences [N, length] of the same text that come after those of `build`: about so many tokens, at least one
+        sequence. Raises RecipeError as `build`.
+        """
+        length = self.section.length
+        more = max(1, tokens // length)
+        return self._built((self.section.tokens // length + more) * length).tokens[-more:]
+
+    def _built(self, tokens: int) -> Corpus:
         from llmpack.calibration.corpus import build_corpus, load_tokenizer
 
         section = self.section
         try:
-            corpus = build_corpus(
+            return build_corpus(
                 section.text,
                 load_tokenizer(self.checkpoint),
-                tokens=section.tokens,
+                tokens=tokens,
                 length=section.length,
                 seed=section.seed,
                 base=self._base,
@@ -71,8 +86,6 @@ class Text:
             key = (self.name, "text")
             problems = [Problem(p.message, ".".join(key), self.document.where(key)) for p in error.problems]
             raise RecipeError(problems) from error
-        cache.remember(CORPUS, self.facts(), {"digest": corpus.digest})
-        return corpus
 
 
 def require_disjoint(calibration: Corpus, evaluation: Text, judged: Corpus) -> None:

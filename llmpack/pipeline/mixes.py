@@ -1,6 +1,7 @@
 """Mixes compared by measurement: a few that quantize.auto may choose are built, and the best is remembered.
 
-Divergence is that of each mix's own weights from the model, in float32, on the last sequences of calibration text.
+Divergence is that of each mix's own weights from the model, in float32, on sequences that come after the calibration
+text in the same sources: no step has seen them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ from llmpack.pipeline.scoring import SCORES
 from llmpack.steps.quantize_auto import QuantizeAuto
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llmpack.checkpoint.checkpoint import Checkpoint
 
 MIXES = "mixes"
-VERSION = 1
+VERSION = 2
 """Raised when equal facts would give another order of mixes."""
 EMPHASES = ("", "attention", "ffn", "embedding")
 """Parts whose errors count twice in the mixes beside the best one."""
@@ -75,9 +74,3 @@ def compare(
     """Build every mix and remember its measured divergence."""
     measured = [measure(build(choice)) for choice in choices]
     cache.remember(MIXES, mix_facts(choices, scores), {"measured": measured})
-
-
-def judged(tokens: Tensor) -> Tensor:
-    """The last sequences of the calibration text, about `TOKENS` tokens and at least one sequence."""
-    count = max(1, min(len(tokens), TOKENS // tokens.shape[1]))
-    return tokens[-count:]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmpack.checkpoint.checkpoint import Checkpoint
 
 SCORES = "scores"
-VERSION = 1
+VERSION = 2
 """Raised when equal facts would give other scores."""
 
 

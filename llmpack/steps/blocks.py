@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.checkpoint.journal import shard_notes
 from llmpack.checkpoint.tensors import Packed, decode
 from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import encoding
+from llmpack.encodings.encoding import Quantized
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.profile import phase
@@ -34,10 +37,14 @@ Encode = Callable[[TensorSpec, "torch.Tensor"], np.ndarray]
 
 @dataclass(frozen=True)
 class Treated:
-    """A rounded tensor and what is worth knowing about it (JSON values)."""
+    """A rounded tensor and what is worth knowing about it (JSON values).
+
+    rounded  its codes and grid, where something is still to be done with them
+    """
 
     packed: Packed
     note: Mapping[str, Any] = field(default_factory=dict)
+    rounded: Quantized | None = None
 
 
 @contextmanager
@@ -98,9 +105,17 @@ def plain_encode(spec: TensorSpec, values: torch.Tensor) -> np.ndarray:
 
 
 def write_block(
-    writer: CheckpointWriter, checkpoint: Checkpoint, target: ModelGraph, block: int, treated: Mapping[str, Treated]
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    target: ModelGraph,
+    block: int,
+    treated: Mapping[str, Treated],
+    note: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one block durably, unless a run before did; tensors that were not treated stay as they are."""
+    """Write one block durably, unless a run before did; tensors that were not treated stay as they are.
+
+    note  what is worth knowing about the block (JSON values)
+    """
     if writer.finished(shard_name(block)) is not None:
         return
     specs = target.block(block)
@@ -109,8 +124,20 @@ def write_block(
     }
     notes = {name: dict(one.note) for name, one in treated.items() if one.note}
     with phase("write block"):
-        writer.write(shard_name(block), tensors, {"tensors": notes})
+        writer.write(shard_name(block), tensors, {"tensors": notes, **(note or {})})
     checkpoint.release([spec.name for spec in specs])
+
+
+def noted(folder: Path, blocks: int) -> dict[str, Any]:
+    """What a step found, from the notes of a finished folder: of the whole, and of each block under "blocks".
+
+    Notes of single tensors stay in the folder.
+    """
+    notes = shard_notes(folder)
+    whole = dict(notes.get(shard_name(None), {}))
+    found = {str(i): {k: v for k, v in notes.get(shard_name(i), {}).items() if k != "tensors"} for i in range(blocks)}
+    known = {index: note for index, note in found.items() if note}
+    return {**whole, "blocks": known} if known else whole
 
 
 def all_blocks_finished(writer: CheckpointWriter, graph: ModelGraph) -> bool:

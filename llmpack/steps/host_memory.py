@@ -26,6 +26,9 @@ WIDTHS, INNER_WIDTHS = 3, 3
 SEARCH = 44
 """Bytes for each number whose scale is searched: eleven arrays of them."""
 
+KEPT_WIDTHS, KEPT_INNER_WIDTHS = 20, 7
+"""The same while gradients pass through a block."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -75,11 +78,13 @@ class Walk:
     factored   it rounds with a factor of the second moments; else each number by itself
     reference  the unchanged model runs beside, and moments between both are summed
     refined    codes are refined afterwards, under the second moments themselves
+    tuned      scales and norms of the whole rounded block then follow gradients of its output
     """
 
     factored: bool
     reference: bool = False
     refined: bool = False
+    tuned: bool = False
 
 
 def walk_moments(graph: ModelGraph, target: ModelGraph, batch: Batch, walk: Walk) -> list[Moment]:
@@ -155,7 +160,9 @@ def _block_moments(graph: ModelGraph, target: ModelGraph, index: int, batch: Bat
         for same in _same_encoding(specs):
             held = Part(f"factor of {name}", square if walk.factored else 0)
             yield Moment(f"rounding {name}", (*rest, held, *_refining(square, walk), *_rounding(same, walk)))
-        rounded += sum(spec.nbytes for spec in specs)
+        rounded += sum(spec.nbytes + (spec.parameters * 5 // 4 if walk.tuned else 0) for spec in specs)
+    if walk.tuned:
+        yield Moment("tuning a block", (*fixed, Part("rounded", rounded), *_tuning(graph, index, batch)))
     if walk.factored:
         yield Moment("running the rounded block", (*fixed, Part("rounded", rounded), running))
 
@@ -173,6 +180,17 @@ def _following(specs: Sequence[TensorSpec]) -> int:
 
 def _refining(square: int, walk: Walk) -> tuple[Part, ...]:
     return (Part("second moments, twice", 2 * square),) if walk.refined else ()
+
+
+def _tuning(graph: ModelGraph, index: int, batch: Batch) -> tuple[Part, ...]:
+    """Gradients pass through a block: what it computed on the way forward is kept; one matrix's gradient at a time."""
+    specs = [spec for spec in graph.block(index) if spec.is_linear]
+    width, inner = specs[0].shape[1], max(spec.shape[1] for spec in specs)
+    kept = 4 * batch.tokens * (KEPT_WIDTHS * width + KEPT_INNER_WIDTHS * inner)
+    return (
+        Part(f"a batch of {batch.tokens} tokens, and what its gradients need", kept),
+        Part("the gradient of a matrix", 8 * max(spec.parameters for spec in specs)),
+    )
 
 
 def _same_encoding(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:

@@ -113,7 +113,8 @@ class QuantizeAuto(Step):
     mixes: int = Field(default=1, ge=1, le=4)
     """How many mixes are built, of which the one of least measured divergence is kept: the best by prediction, and
     others for which errors of attention, of feed-forward or of the embedding count twice. Each costs a whole
-    quantization; 1 trusts the prediction."""
+    quantization; 1 trusts the prediction. They are measured on text that follows the calibration text in its sources
+    and that no step has seen."""
 
     gptq: Annotated[dict[str, Any], AfterValidator(_of_gptq)] = Field(default_factory=dict)
     """How to round: options of `quantize.gptq` such as `{ damping = 0.02 }`."""
@@ -222,4 +223,4 @@ class _Rounding(QuantizeGptq):
 
     def encoding_for(self, spec: TensorSpec) -> str:
         """How a tensor is to be stored."""
-        return self.mix.get(spec.name, spec.encoding)
+        return self.mix.get(spec.name, "f32" if self.tunes(spec) else spec.encoding)

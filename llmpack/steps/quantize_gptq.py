@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from llmpack.algorithms.drift import DriftSum, follow, shift, true_share
+from llmpack.algorithms.drift import DriftSum, follow, shift, tried, true_share, unseen_error
 from llmpack.algorithms.gptq import Rounded, objective, refine, round_together
 from llmpack.algorithms.hessian import Factor, HessianSum, damping_level, factorize
 from llmpack.allocator import give_back_memory
+from llmpack.calibration.tuning import tune
 from llmpack.calibration.walk import Moments, Visit, resume_point, walk
 from llmpack.checkpoint.checkpoint import Checkpoint
+from llmpack.checkpoint.tensors import as_packed
 from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import ENCODINGS, encoding
 from llmpack.encodings.encoding import Grid, GridEncoding
@@ -52,7 +54,7 @@ class QuantizeGptq(Quantize):
     are those that it will really see: outputs of the blocks rounded before it.
     """
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     damping: float = Field(default=0.03, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less. 0.03 is
@@ -68,7 +70,16 @@ class QuantizeGptq(Quantize):
 
     refine: int = Field(default=1, ge=0, le=16)
     """Rounds of refinement after rounding: scales are fitted again to the codes chosen, then each code takes its best
-    value given all others. A round costs about as much as rounding itself."""
+    value given all others. A round costs about as much as rounding itself. Where correction keeps sequences out, these
+    decide whether a matrix stays refined."""
+
+    tune: int = Field(default=0, ge=0, le=10_000)
+    """Steps of gradient descent on the scales and norms of each rounded block (codes stay), so that it puts out what
+    the unchanged block does; a step takes a batch of calibration text. 0: none. An eighth of the sequences is kept out
+    and decides whether the block stays as tuned; with fewer than 8 of them nothing is tuned."""
+
+    tune_rate: float = Field(default=1e-3, gt=0, le=0.1)
+    """Learning rate of the first of these steps, as a share of a scale; it falls to 0 along a line."""
 
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
@@ -85,11 +96,19 @@ class QuantizeGptq(Quantize):
             return f"codes of {name} span {kind.joint_columns} columns; use quantize.rtn for them"
         return None
 
+    def encoding_for(self, spec: TensorSpec) -> str:
+        """How a tensor is to be stored; norms of blocks that may be tuned get room for it."""
+        return "f32" if self.tunes(spec) else super().encoding_for(spec)
+
+    def tunes(self, spec: TensorSpec) -> bool:
+        """Whether a tensor is a norm that may move."""
+        return self.tune > 0 and spec.part == "norm" and spec.block is not None
+
     def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
         """One block, the second moments of its inputs, one of them factored; more with correction and refinement."""
         if batch is None:
             return ()
-        kind = Walk(factored=True, reference=self.correction > 0, refined=self.refine > 0)
+        kind = Walk(factored=True, reference=self.correction > 0, refined=self.refine > 0, tuned=self.tune > 0)
         return tuple(walk_moments(graph, self.preview(graph), batch, kind))
 
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
@@ -100,8 +119,8 @@ class QuantizeGptq(Quantize):
             write_outside(writer, checkpoint, target, plain_encode, bench.progress)
             if not all_blocks_finished(writer, graph):
                 for visit in self._visits(checkpoint, graph, bench, writer):
-                    treated = self._block(visit, target, bench.progress)
-                    write_block(writer, checkpoint, target, visit.index, treated)
+                    treated, tuned = self._block(visit, target, bench.progress)
+                    write_block(writer, checkpoint, target, visit.index, treated, tuned)
         return writer.finish()
 
     def _visits(
@@ -109,7 +128,7 @@ class QuantizeGptq(Quantize):
     ) -> Iterator[Visit]:
         if bench.corpus is None:
             raise StepFailed("quantize.gptq learns from calibration text, and there is none; add [calibration]")
-        reference = self.correction > 0
+        reference = self.correction > 0 or self.tune > 0
         start = resume_point(checkpoint, graph, bench.corpus, work=bench.work, reference=reference)
         require_blocks(writer, start)
         return walk(
@@ -120,16 +139,41 @@ class QuantizeGptq(Quantize):
             start=start,
             progress=bench.progress,
             reference=reference,
+            outputs=self.tune > 0,
         )
 
-    def _block(self, visit: Visit, target: ModelGraph, progress: Progress) -> dict[str, Treated]:
+    def _block(self, visit: Visit, target: ModelGraph, progress: Progress) -> tuple[dict[str, Treated], dict[str, Any]]:
+        """The tensors of a block that change, and what is worth knowing about the block."""
         treated: dict[str, Treated] = {}
+        if self.tune and not self.correction:
+            visit.moments(())  # the unchanged model's outputs, which correction brings with it
         gathered: dict[str, Any] = dict(visit.moments() if self.correction else visit.hessians())
         for inputs, specs in target.input_groups(visit.index).items():
             with at_block(self.use, visit.index, specs):
                 treated |= self._group(visit, specs, gathered.pop(inputs), progress)
             give_back_memory()
-        return treated
+        asked = [one.note["refined"] for one in treated.values() if "refined" in one.note]
+        note = {"refinement": {"kept": sum(asked), "of": len(asked)}} if asked else {}
+        if self.tune:
+            changed, found = self._tuned(visit, treated, progress)
+            return {**treated, **changed}, {**note, **found}
+        return treated, note
+
+    def _tuned(
+        self, visit: Visit, treated: Mapping[str, Treated], progress: Progress
+    ) -> tuple[dict[str, Treated], dict[str, Any]]:
+        rounded = {name: one.rounded for name, one in treated.items() if one.rounded is not None}
+        tuned = tune(visit, rounded, steps=self.tune, rate=self.tune_rate, progress=progress)
+        norms = {spec.name: tuned.norms.get(spec.name) for spec in visit.specs if self.tunes(spec)}
+        stay = {name: Treated(as_packed(visit.weight(name) if W is None else W)) for name, W in norms.items()}
+        moved = {
+            name: replace(treated[name], packed=replace(treated[name].packed, data=one.pack()))
+            for name, one in tuned.rounded.items()
+        }
+        give_back_memory()
+        return {**stay, **moved}, {
+            "tuning": {"kept": tuned.kept, "output_error": tuned.before, "tuned_output_error": tuned.after}
+        }
 
     def _group(
         self, visit: Visit, specs: Sequence[TensorSpec], gathered: Moments | HessianSum, progress: Progress
@@ -141,6 +185,7 @@ class QuantizeGptq(Quantize):
         importance = torch.diagonal(H).clone()
         factor = self._factor(H, visit.index, specs, progress)
         weights, strengths = self._weights(visit, specs, drift, factor)
+        unseen = None if drift is None else tried(drift.held())
         drift = None
         if factor is not None and self.refine:
             torch.diagonal(H).add_(damping_level(H, factor.damping))  # from here on H is damped
@@ -156,14 +201,27 @@ class QuantizeGptq(Quantize):
             grids = _fit(some, importance, kind)
             rounded = _nearest(some, grids, kind, H) if factor is None else _round(some, grids, kind, factor)
             for spec, W, one in zip(chosen, some, rounded, strict=True):
-                best = one if factor is None or not self.refine else _refined(W, H, one, self.refine, factor)
+                best, won = (one, {}) if factor is None or not self.refine else self._better(W, H, one, factor, unseen)
                 with phase("pack", numbers=spec.parameters):
                     visit.replace(spec.name, best.quantized.decode())
-                    note = {"error": best.relative_error, "clipped": best.clipped, **_of_factor(factor)}
+                    note = {"error": best.relative_error, "clipped": best.clipped, **_of_factor(factor), **won}
                     if spec.name in strengths:
                         note["correction"] = strengths[spec.name]
-                    treated[spec.name] = Treated(packed_as(spec, best.quantized.pack()), note)
+                    packed = packed_as(spec, best.quantized.pack())
+                    treated[spec.name] = Treated(packed, note, best.quantized if self.tune else None)
         return treated
+
+    def _better(
+        self, W: Tensor, H: Tensor, plain: Rounded, factor: Factor, unseen: Tensor | None
+    ) -> tuple[Rounded, dict[str, Any]]:
+        """The refined matrix, or the plain one where that is nearer on inputs kept out of H; and which has won."""
+        refined = _refined(W, H, plain, self.refine, factor)
+        if unseen is None:
+            return refined, {}
+        with phase("compare", numbers=W.numel()):
+            before, after = (unseen_error(W, one.quantized, unseen) for one in (plain, refined))
+        won = after < before
+        return refined if won else plain, {"refined": won, "unseen_ratio": after / before if before > 0 else 1.0}
 
     def _weights(
         self, visit: Visit, specs: Sequence[TensorSpec], drift: DriftSum | None, factor: Factor | None

@@ -26,9 +26,9 @@ CONTEXT_PADDING = 256
 MIB = 1 << 20
 
 # Which encodings are repacked, by what the processor can do, and how many rows a repacked group has.
-_REPACKED_ON_AVX2 = {"q4_0": 8, "q4_k": 8, "iq4_nl": 8}
+_REPACKED_ON_AVX2 = {"q4_0": 8, "q4_k": 8, "iq4_nl": 8, "mxfp4": 8}
 _REPACKED_ON_AVX512 = {"q2_k": 8}
-_REPACKED_ON_DOTPROD = {"q4_0": 4, "q4_k": 8, "q5_k": 8, "q6_k": 8, "q8_0": 4, "iq4_nl": 4}
+_REPACKED_ON_DOTPROD = {"q4_0": 4, "q4_k": 8, "q5_k": 8, "q6_k": 8, "q8_0": 4, "iq4_nl": 4, "mxfp4": 4}
 _REPACKED_ON_RVV = {"q4_0": 16, "q4_k": 16, "q2_k": 16, "iq4_nl": 16, "q8_0": 16}  # with 256-bit vectors
 
 MEMORY_ERROR, UNVERIFIED_ERROR = 0.05, 0.10

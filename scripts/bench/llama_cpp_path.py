@@ -16,11 +16,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
+from llama_cpp import _ctypes_extensions, _ggml
 from llama_cpp import llama_cpp as api
 
 FILE_TYPES = {"q4_0": 2, "q4_k": 14, "iq4_nl": 25}
+MIXES = {"Q4_K_M": 15, "Q4_K_S": 14, "Q3_K_M": 12, "Q3_K_S": 11, "Q2_K": 10, "Q5_K_M": 17}
+"""Mixtures of types that llama-quantize knows by name (llama.h, llama_ftype)."""
 Q8_0 = 8
 LEAST_TOKENS = 16
 """Smaller products are attention's or those of a single token (as in imatrix.cpp)."""
@@ -60,7 +62,7 @@ class _Sums:
     """Sums of squares of the inputs of linear maps, by the name of the weight."""
 
     def __init__(self) -> None:
-        ggml = llama_cpp._ctypes_extensions.load_shared_library("ggml-base", llama_cpp._ggml.libggml_base_path)
+        ggml = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
         self._operation = ggml.ggml_op_desc
         self._operation.argtypes, self._operation.restype = [ctypes.c_void_p], ctypes.c_char_p
         self.sums: dict[bytes, np.ndarray] = {}
@@ -108,8 +110,26 @@ def imatrix(model_file: Path, tokens: np.ndarray, threads: int) -> dict[bytes, n
 def quantize(source: Path, target: Path, encoding: str, importance: dict[bytes, np.ndarray], threads: int) -> None:
     """The quantized file: linear maps of one type, embedding and head q8_0."""
     settings = api.llama_model_quantize_default_params()
-    settings.nthread, settings.ftype, settings.pure = threads, FILE_TYPES[encoding], True
+    settings.ftype, settings.pure = FILE_TYPES[encoding], True
     settings.token_embedding_type = settings.output_tensor_type = Q8_0
+    _quantize(source, target, settings, importance, threads)
+
+
+def quantize_mix(source: Path, target: Path, mix: str, importance: dict[bytes, np.ndarray], threads: int) -> None:
+    """The quantized file as ``llama-quantize --imatrix`` makes it under the name of a mix: it chooses the types."""
+    settings = api.llama_model_quantize_default_params()
+    settings.ftype = MIXES[mix]
+    _quantize(source, target, settings, importance, threads)
+
+
+def _quantize(
+    source: Path,
+    target: Path,
+    settings: api.llama_model_quantize_params,
+    importance: dict[bytes, np.ndarray],
+    threads: int,
+) -> None:
+    settings.nthread = threads
     entries = (api.llama_model_imatrix_data * (len(importance) + 1))()
     for entry, (name, values) in zip(entries, importance.items(), strict=False):
         entry.name, entry.size = name, values.size

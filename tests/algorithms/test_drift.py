@@ -4,8 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from llmpack.algorithms.drift import HELD_EVERY, HELD_TOKENS, DriftSum, follow, shift, true_share
+from llmpack.algorithms.drift import (
+    HELD_EVERY,
+    HELD_TOKENS,
+    DriftSum,
+    follow,
+    shift,
+    tried,
+    true_share,
+    unseen_error,
+)
 from llmpack.algorithms.hessian import CrossSum, factorize
+from llmpack.encodings import encoding
 
 
 def streams(tokens=600, columns=20, seed=0):
@@ -100,8 +110,8 @@ def test_what_is_chance_is_not_followed():
 def test_a_drift_sum_keeps_every_eighth_sequence_out_of_the_fit():
     r, x = (one.float().reshape(20, 30, 20) for one in streams())
     total = DriftSum(20)
-    total.add(r[:9], x[:9])
-    total.add(r[9:], x[9:])
+    assert total.add(r[:9], x[:9]) == [0, 1, 2, 3, 4, 5, 6, 8]
+    assert total.add(r[9:], x[9:]) == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]
     kept = torch.arange(20) % HELD_EVERY == HELD_EVERY - 1
     _, moved = moments(r[~kept].flatten(0, 1).double(), x[~kept].flatten(0, 1).double())
     assert torch.allclose(total.moved().double(), moved, rtol=1e-4, atol=1e-5)
@@ -117,6 +127,22 @@ def test_no_more_is_kept_out_than_needed():
     assert total.held() is None
     total.add(r[7:], x[7:])
     assert len(total.held()[0]) == HELD_TOKENS
+
+
+def test_roundings_are_compared_by_what_they_do_to_inputs_kept_out(monkeypatch):
+    kind, W = encoding("q4_1"), matrix(9, 64).float()
+    r, x = (one.float() for one in streams(tokens=2000, columns=64))
+    total = DriftSum(64)
+    assert tried(total.held()) is None
+    total.add(r.reshape(8, 250, 64), x.reshape(8, 250, 64))
+    seen = tried(total.held())
+    assert torch.equal(seen, x[-250:])
+    assert tried((torch.zeros(1000, 1), torch.arange(1000.0)[:, None]))[:, 0].tolist() == list(range(0, 768, 2))
+    rounded = kind.round(W, kind.fit(W))
+    expected = sum(float((e @ one) ** 2) for e in (W - rounded.decode()).double() for one in seen.double())
+    assert unseen_error(W, rounded, seen) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr("llmpack.algorithms.drift.SLAB", 128)
+    assert unseen_error(W, rounded, seen) == pytest.approx(expected, rel=1e-4)
 
 
 def test_cross_sums_are_the_moments_of_pairs():

@@ -33,6 +33,11 @@ def level_values(grid):
     return np.stack([levels.to(torch.float64).decode(places * int(c)).numpy() for c in codes], axis=-1)
 
 
+def one_zero(name, codes):
+    """Codes by what they mean: mxfp4 has two for zero."""
+    return np.where(codes == 7, 8, codes) if name == "mxfp4" else codes
+
+
 def nearest(values, wanted):
     """[rows]: the code whose value is nearest, by looking at all of them."""
     return np.abs(values - wanted[:, None]).argmin(axis=1)
@@ -74,7 +79,7 @@ def test_in_float64_every_code_is_that_of_the_definition(name, order):
     W, H = problem(24, 256)
     enc, grid = fitted(name, W, H)
     codes = gptq(W.double(), H, grid, enc, damping=0.01, order=order).codes
-    assert np.array_equal(codes.numpy(), slow_gptq(W, H, grid, 0.01, order))
+    assert np.array_equal(one_zero(name, codes.numpy()), one_zero(name, slow_gptq(W, H, grid, 0.01, order)))
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
@@ -84,7 +89,8 @@ def test_float32_weights_give_the_codes_and_the_objective_of_the_definition(name
     enc, grid = fitted(name, W, H)
     ours = gptq(W, H, grid, enc, damping=0.01, order=order)
     slow = torch.from_numpy(slow_gptq(W, H, grid, 0.01, order)).int()
-    assert float((ours.codes == slow).double().mean()) >= 0.999
+    same = ours.decode() == grid.levels().decode(slow)
+    assert float(same.double().mean()) >= 0.999
     wanted = objective(W, grid.levels().decode(slow), H)
     assert objective(W, ours.decode(), H) == pytest.approx(wanted, rel=1e-4)
 
@@ -175,7 +181,8 @@ def test_refinement_is_coordinate_descent_and_only_lowers_the_objective(name):
     enc, grid = fitted(name, W, H.float())
     start = gptq(W, H, grid, enc)
     once = refine(W.double(), H, start, sweeps=1)
-    assert np.array_equal(once.codes.numpy(), slow_descent(W, H, start.codes, level_values(grid)))
+    slow = slow_descent(W, H, start.codes, level_values(grid))
+    assert np.array_equal(one_zero(name, once.codes.numpy()), one_zero(name, slow))
     costs = [objective(W, refine(W, H, start, sweeps=n).decode(), H) for n in range(5)]
     assert costs[0] == objective(W, start.decode(), H)
     assert all(after <= before for before, after in itertools.pairwise(costs))

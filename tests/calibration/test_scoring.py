@@ -8,7 +8,7 @@ from test_backward import corpus_of, slow_moments
 
 from llmpack.algorithms.divergence import kl_divergence
 from llmpack.calibration.backward import Backward
-from llmpack.calibration.probing import Probes
+from llmpack.calibration.probing import TOKENS, Probes
 from llmpack.calibration.scores import Scores, scorable
 from llmpack.calibration.scoring import Scoring, first_sequences
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def test_a_sample_of_rows_estimates_the_score_of_all(checkpoint, scores, tmp_pat
 
 def test_probes_are_measured_divergences(checkpoint, scores):
     """Each part's matrices rounded in a whole model; the scores then say the same of that part."""
-    tokens = corpus_of(40).tokens
+    tokens = first_sequences(corpus_of(40), TOKENS).tokens
     assert [probe.part for probe in scores.probes] == list(dict.fromkeys(one.part for one in scores.tensors))
     for probe in scores.probes:
         assert probe.measured == pytest.approx(measured(checkpoint, {probe.part}, probe.encoding, tokens), rel=0.02)

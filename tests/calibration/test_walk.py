@@ -233,8 +233,8 @@ def test_a_reference_gives_moments_between_what_is_seen_and_what_would_have_been
         assert list(moments) == list(LINEAR_OF)
         for inputs, (name, *_) in LINEAR_OF.items():
             x, r = seen[visit.index, name], plain[visit.index, name]
-            close(moments[inputs].own.mean(), x.T @ x / len(x))
             fit, held = halves(corpus.tokens.shape, x, r)
+            close(moments[inputs].own.mean(), fit[0].T @ fit[0] / len(fit[0]))
             close(moments[inputs].drift.moved(), (fit[1] - fit[0]).T @ fit[0] / len(fit[0]))
             moved, now = moments[inputs].drift.held()
             torch.testing.assert_close(moved.double(), held[1] - held[0], rtol=1e-3, atol=1e-4)

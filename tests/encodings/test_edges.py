@@ -30,6 +30,8 @@ def test_zeros_stay_zeros(name):
 def test_constant_rows_are_kept(name, value):
     values = restored(name, torch.full((2, 256), value))
     worst = 0.02 if name in ("q2_k", "q3_k", "q4_k", "q5_k", "iq4_xs") else 0.001
+    if name == "mxfp4":  # powers of two as scales: between 8 and 12 of them lies nothing
+        worst = 0.2
     assert float((values - value).abs().max()) <= worst * abs(value)
 
 

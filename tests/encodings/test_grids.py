@@ -91,7 +91,8 @@ def test_a_refit_grid_is_never_worse_and_mostly_better(name):
     before, after = row_errors(W, start.decode(), exact), row_errors(W, moved.decode(), exact)
     assert bool((after <= before * (1 + 1e-5)).all())
     gain = 1 - float(after.sum() / before.sum())
-    assert gain > (0.02 if kind.block == 32 else 0.001)  # six bits for a scale leave little to move
+    least = {"mxfp4": 0.0}.get(name, 0.02 if kind.block == 32 else 0.001)
+    assert gain > least  # six bits for a scale, or powers of two, leave little to move
     again, stored = kind.unpack(moved.pack(), 512)
     assert torch.equal(stored.levels().decode(again), moved.decode())
 

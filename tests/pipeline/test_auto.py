@@ -9,6 +9,7 @@ import textwrap
 import pytest
 from small_recipe import RECIPE
 
+from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.encodings import encoding
 from llmpack.errors import RecipeError
@@ -155,6 +156,16 @@ def test_mixes_are_compared_by_measurement_and_the_best_is_kept(auto, scored):
     assert [step.cached for step in again.steps] == [True]
 
 
+def test_mixes_are_judged_on_text_that_comes_after_the_calibration_text(scored):
+    seen = scored.calibration.build(scored.cache)
+    after = scored.calibration.after(3 * seen.length + 1)
+    assert after.shape == (3, seen.length)
+    assert scored.calibration.after(1).shape == (1, seen.length)
+    assert seen.overlap(Corpus.of(after)) < 0.02
+    with pytest.raises(RecipeError, match=r"auto.toml:\d+:\d+.*name more text or lower `tokens`"):
+        scored.calibration.after(10**8)
+
+
 def test_the_budget_is_filled_and_kept(auto, scored):
     cache = Cache(scored.cache.root)
     wide = plan_bundle(auto("budget", "budget.disk=4.5 MB", cache=cache)).plan
@@ -194,7 +205,7 @@ def test_candidates_and_forbidden_encodings_are_kept(auto, scored):
         (
             "1 MB",
             (),
-            r"auto.toml:\d+:\d+ step.0.target: model file allows 1,000,000 bytes, and the smallest mix takes 3,5",
+            r"auto.toml:\d+:\d+ step.0.target: model file allows 1,000,000 bytes, and the smallest mix takes 3,[45]",
         ),
         ("1.9 bpw", (), r"step.0.target: 1.9 bits per weight allows"),
         ("105", (), r"step.0.target: .*a target is bits per weight .* a size, or \"budget\""),

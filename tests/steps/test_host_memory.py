@@ -118,9 +118,10 @@ def test_programs_take_about_what_is_predicted(programs):
         ("quantize.gptq", {"correction": 0.0, "refine": 0}, {"hidden_size": 256, "intermediate_size": 5632}, 256),
         ("quantize.gptq", {"correction": 0.0, "refine": 0}, {"hidden_size": 768, "intermediate_size": 2048}, 2048),
         ("quantize.gptq", {}, {"hidden_size": 128, "intermediate_size": 4096}, 128),
+        ("quantize.gptq", {"tune": 2, "refine": 0}, {"hidden_size": 512, "intermediate_size": 1536}, 128),
         ("quantize.rtn", {}, {"hidden_size": 256, "intermediate_size": 4096}, 512),
     ],
-    ids=["factor", "batch", "followed and refined", "rtn"],
+    ids=["factor", "batch", "followed and refined", "tuned", "rtn"],
 )
 def test_the_prediction_is_what_the_system_counts(checkpoint_factory, tmp_path, programs, use, options, sizes, length):
     """Beyond the programs themselves, whose pages each system maps and counts in its own way."""

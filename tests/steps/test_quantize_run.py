@@ -25,6 +25,7 @@ from llmpack.models import family_of, open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.progress import QUIET
 from llmpack.steps import STEPS
+from llmpack.steps.blocks import noted
 from llmpack.steps.quantize import Quantize
 from llmpack.steps.step import Workbench
 
@@ -112,10 +113,26 @@ def test_refinement_lowers_the_error_of_every_matrix(checkpoint, graph, tmp_path
     notes = []
     for rounds in (0, 1, 3):
         run = bench(tmp_path / str(rounds), checkpoint, corpus_of(1))
-        notes.append(notes_of(step("quantize.gptq", refine=rounds, damping=0.0).run(checkpoint, graph, run), 0))
+        one = step("quantize.gptq", refine=rounds, damping=0.0, correction=0.0)
+        notes.append(notes_of(one.run(checkpoint, graph, run), 0))
     for name in notes[0]:
         plain, once, thrice = (note[name]["error"] for note in notes)
         assert thrice < once < plain
+
+
+def test_text_kept_out_decides_whether_a_matrix_stays_refined(results, checkpoint, graph, tmp_path):
+    """Refining until the second moments of little text are met to the last digit is no gain on other text."""
+    run = bench(tmp_path, checkpoint, corpus_of(1, count=8))
+    overdone = step("quantize.gptq", encoding="q4_0", refine=12, damping=1e-4).run(checkpoint, graph, run)
+    for result in (overdone, results["quantize.gptq"]):
+        won = []
+        for block in range(BLOCKS):
+            notes = notes_of(result, block).values()
+            assert all(note["refined"] == (note["unseen_ratio"] < 1) for note in notes)
+            won.append(sum(note["refined"] for note in notes))
+            kept = noted(result.folder, BLOCKS)["blocks"][str(block)]["refinement"]
+            assert kept == {"kept": won[-1], "of": len(notes)}
+        assert (sum(won) < BLOCKS * len(notes)) == (result is overdone)
 
 
 def test_correction_is_noted_where_something_has_moved(results, checkpoint, graph, tmp_path):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
-from llmpack.checkpoint.journal import shard_note
 from llmpack.errors import BudgetMissed, StepFailed
 from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
@@ -17,14 +16,17 @@ from llmpack.pipeline.choosing import Choice
 from llmpack.pipeline.host_memory import require_free_memory
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.memory_cap import capped_memory
-from llmpack.pipeline.mixes import compare, judged
+from llmpack.pipeline.mixes import TOKENS, compare
 from llmpack.pipeline.plan import require_disk, seed_of
 from llmpack.pipeline.scoring import gather_scores, score_facts
 from llmpack.pipeline.stages.planning import plan
 from llmpack.pipeline.state import Build, StepRecord
-from llmpack.steps.blocks import compute_threads, shard_name
+from llmpack.steps.blocks import compute_threads, noted
 from llmpack.steps.quantize_auto import QuantizeAuto
 from llmpack.steps.step import Workbench
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run(build: Build) -> Build:
@@ -82,7 +84,7 @@ def _made(build: Build, planned: PlannedStep, before: _Before, name: str) -> tup
             checkpoint = Checkpoint.reopen(slot.content)
         else:
             checkpoint = _run_step(build, planned, before.graph, before.checkpoint, slot, before.corpus)
-        found = shard_note(checkpoint.folder, shard_name(None))
+        found = noted(checkpoint.folder, planned.graph.block_count)
         return checkpoint, StepRecord(planned.step.use, slot.key, facts, checkpoint.digest, cached, found)
 
 
@@ -98,6 +100,8 @@ def _choose(build: Build, index: int, before: _Before) -> Build:
         seed=seed_of(build.recipe),
         threads=build.plan.threads,
     )
+    if step.mixes > 1:
+        before.corpus.unseen(TOKENS)  # text that is too short is found now rather than hours later
     gather_scores(build.cache, facts, before.checkpoint, before.graph, before.corpus.corpus, build.recipe.build.memory)
     build = plan(build)
     _require_hope(build)
@@ -112,7 +116,7 @@ def _compare(build: Build, mixes: list[Choice], facts: dict[str, Any], before: _
     """Build mixes, each a step of its own in the cache, and remember which is best."""
     from llmpack.calibration.probing import divergence
 
-    tokens = judged(before.corpus.corpus().tokens)
+    tokens = before.corpus.unseen(TOKENS)
 
     def build_mix(choice: Choice) -> Checkpoint:
         return _made(build, PlannedStep(choice.step, choice.graph, "to do", None), before, "mix of")[0]
@@ -146,6 +150,12 @@ class _Calibration:
         if self._corpus is None:
             self._corpus = self._text.build(self._cache)
         return self._corpus
+
+    def unseen(self, tokens: int) -> Tensor:
+        """Sequences of the same sources that no step sees, to judge candidates on."""
+        if self._text is None:
+            raise StepFailed("candidates are judged on calibration text, and the recipe has none")
+        return self._text.after(tokens)
 
     @property
     def digests(self) -> dict[str, str]:
