@@ -84,7 +84,7 @@ def step_facts(
     return {
         "step": step.use,
         "version": step.version,
-        "options": step.model_dump(mode="json"),
+        "options": step.model_dump(mode="json", exclude=set(step.unkeyed)),
         "input": source,
         "origin": origin,
         "corpus": corpus if step.needs_corpus else None,

@@ -1,4 +1,4 @@
-"""The target of quantize.auto as limits on the weights: what each encoding of each tensor takes of each.
+"""A size that is aimed at, as limits on the weights: what each encoding of each tensor takes of each.
 
 A step knows no format, device or budget; here, where all are known, its target becomes numbers, alignment and metadata
 included.
@@ -113,7 +113,7 @@ def limits_of(
         text = f"memory and speed cannot be estimated on {names}"
         raise RecipeError([Problem(f"{text}; set disk in [budget], or name a size", "target")])
     if not limits:
-        text = 'target = "budget" fills the limits of [budget]; set disk, memory or decode there, or name a size'
+        text = '"budget" fills the limits of [budget]; set disk, memory or decode there, or name a size'
         raise RecipeError([Problem(text, "target")])
     return limits
 

@@ -22,9 +22,9 @@ from llmpack.models import family_of, open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.models.graph import ModelGraph
 from llmpack.models.surgery import Kept, origins, resized
-from llmpack.steps.amount import Amount, parameters
+from llmpack.steps.amount import BUDGET, Amount, parameters, require_number
 from llmpack.steps.blocks import compute_threads
-from llmpack.steps.cutting import promised, require_floats, split, write_cut
+from llmpack.steps.cutting import OnDominated, promised, require_floats, split, write_cut
 from llmpack.steps.host_memory import Batch, Moment
 from llmpack.steps.pruning_memory import comparing, fitting, running
 from llmpack.steps.step import Step, Workbench
@@ -43,9 +43,11 @@ class PruneDepth(Step):
     """
 
     version: ClassVar[int] = 1
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
 
     drop: Amount | None = None
-    """How much goes: a number of blocks, a share of them (0.125), or the parameters to get down to ("90M")."""
+    """How much goes: a number of blocks, a share of them (0.125), the parameters to get down to ("90M"), or "budget":
+    as little as `[budget]` allows."""
 
     blocks: tuple[int, ...] | None = None
     """The blocks to remove, counted from 0, in place of `drop`."""
@@ -64,10 +66,24 @@ class PruneDepth(Step):
     damping: float = Field(default=0.5, ge=0, le=10)
     """How little healing trusts the calibration text, as a share of the mean square of what it fits on."""
 
+    on_dominated: OnDominated = "say"
+    """What to do where the whole model, quantized to the same bytes, is predicted to lose less: say so, stop, or do not
+    compare (`skip`), which saves scoring the source."""
+
     @property
     def needs_corpus(self) -> bool:
         """Unless blocks are named and not healed."""
         return self.blocks is None or self.heal != "none"
+
+    @property
+    def open_amount(self) -> str | None:
+        """`drop`, where it is "budget"."""
+        return "drop" if self.drop == BUDGET else None
+
+    def amounts(self, graph: ModelGraph) -> Sequence[Step]:
+        """Whole periods of blocks."""
+        period = family_of(graph.config).period(graph.config)
+        return [self.model_copy(update={"drop": count}) for count in range(period, graph.block_count, period)]
 
     def preview(self, graph: ModelGraph) -> ModelGraph:
         """As many blocks less. Which ones go does not show: blocks are equal, and patterns go on."""
@@ -115,6 +131,7 @@ class PruneDepth(Step):
         """How many blocks `drop` stands for. Raises RecipeError with the arithmetic where it cannot be."""
         total, period = graph.block_count, family_of(graph.config).period(graph.config)
         drop = self.drop
+        require_number(drop, "drop")
         if isinstance(drop, str):
             each = sum(spec.parameters for spec in graph.block(0))
             count = max(0, math.ceil((graph.parameters - parameters(drop)) / each))
