@@ -207,6 +207,14 @@ class Forward:
         output: Tensor = block.module(hidden, **frame.keywords[block.index])
         return output
 
+    def learning(self, block: Block, hidden: Tensor) -> Tensor:
+        """As `run`, and gradients reach the block's weights where they are asked for."""
+        frame = self.frame(hidden.shape[0], hidden.shape[1])
+        tokens = hidden.shape[0] * hidden.shape[1]
+        weights = sum(spec.parameters for spec in self.graph.block(block.index) if spec.is_linear)
+        with phase("learning", tokens=tokens, flops=(6.0 if torch.is_grad_enabled() else 2.0) * tokens * weights):
+            return self._through(block, hidden.to(device=self.device, dtype=self.dtype), frame)
+
     def pull_back(self, block: Block, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient by a block's input [B, T, D], from that by its output; the block runs forward once more.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmpack.calibration.ablation import changed_model
+from llmpack.calibration.blockwise import Blockwise, Fit
 from llmpack.calibration.choice import by_angle, by_influence, cheapest_run
 from llmpack.calibration.corpus import Corpus
 from llmpack.calibration.gate import mean_kl
@@ -26,7 +27,7 @@ from llmpack.steps.amount import BUDGET, Amount, parameters, require_number
 from llmpack.steps.blocks import compute_threads
 from llmpack.steps.cutting import OnDominated, promised, require_floats, split, write_cut
 from llmpack.steps.host_memory import Batch, Moment
-from llmpack.steps.pruning_memory import comparing, fitting, running
+from llmpack.steps.pruning_memory import comparing, fitting, learning_block, running
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
@@ -59,12 +60,20 @@ class PruneDepth(Step):
     choice_tokens: int = Field(default=1024, ge=1, le=2**24)
     """Tokens of calibration text on which blocks are chosen, in whole sequences."""
 
-    heal: Literal["best", "every", "gaps", "none"] = "best"
+    heal: Literal["best", "every", "gaps", "blocks", "none"] = "best"
     """Which blocks are changed to make up for the lost ones: those before a gap, every one behind the first gap too, or
-    none; "best" is whichever of these is nearest to the source on held-out text."""
+    none; "best" is whichever of these is nearest to the source on held-out text. These take seconds, in closed form;
+    "blocks" also fits all numbers of every block behind the first gap to the source's hidden states, which takes
+    minutes, and keeps the best of all."""
 
     damping: float = Field(default=0.5, ge=0, le=10)
     """How little healing trusts the calibration text, as a share of the mean square of what it fits on."""
+
+    heal_passes: int = Field(default=2, ge=1, le=1000)
+    """How often each block sees the text with heal = "blocks"."""
+
+    heal_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    """Learning rate of heal = "blocks"."""
 
     on_dominated: OnDominated = "say"
     """What to do where the whole model, quantized to the same bytes, is predicted to lose less: say so, stop, or do not
@@ -107,6 +116,8 @@ class PruneDepth(Step):
             moments += [running(graph, streams, tokens, batch), comparing(graph, streams, tokens)]
         if batch is not None and self.heal != "none":
             moments.append(fitting(graph, "ffn.out", "healing", 2, batch))
+        if batch is not None and self.heal == "blocks":
+            moments.append(learning_block(graph, batch))
         return tuple(moments)
 
     def _named(self, graph: ModelGraph, blocks: Sequence[int]) -> tuple[int, ...]:
@@ -209,12 +220,16 @@ class PruneDepth(Step):
         self, forward: Forward, stay: Sequence[int], learn: Corpus, held: Corpus, bench: Workbench
     ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         """What healing changes, unless text that it has not seen says that it makes the model worse."""
-        ways = ("gaps", "every") if self.heal == "best" else (self.heal,)
+        ways = {"best": ("gaps", "every"), "blocks": ("gaps", "every", "blocks")}.get(self.heal, (self.heal,))
         changes: dict[str, dict[str, Tensor]] = {"none": {}}
         for way in ways:
-            changes[way] = healed(
-                forward, learn.tokens, stay, damping=self.damping, every=way == "every", progress=bench.progress
-            )
+            if way == "blocks":
+                fit = Fit(self.heal_passes, self.heal_rate, self.damping)
+                changes[way] = Blockwise(forward, learn, stay, fit, bench.work / way, bench.progress).run()
+            else:
+                changes[way] = healed(
+                    forward, learn.tokens, stay, damping=self.damping, every=way == "every", progress=bench.progress
+                )
         states = {way: changed_model(forward, held.tokens, stay, one, bench.progress) for way, one in changes.items()}
         kl = mean_kl(*_source(forward, held.tokens, bench), forward, states)
         best = min(kl.items(), key=lambda item: item[1])[0]
