@@ -55,9 +55,8 @@ def test_what_the_source_writes_is_drawn_from_its_predictions(source, tmp_path):
     assert written.shape == tokens.shape
     assert torch.equal(written[:, :PROMPT], tokens[:, :PROMPT])
     with torch.no_grad():
-        log_p = torch.log_softmax(whole_model(source, graph)(written, use_cache=False).logits.double(), -1)[
-            :, PROMPT - 1 : -1
-        ]
+        logits = whole_model(source, graph)(written, use_cache=False).logits.double()
+    log_p = torch.log_softmax(logits[:, PROMPT - 1 : -1], -1)
     paid = -log_p.gather(-1, written[:, PROMPT:, None])[..., 0]
     expected = -(log_p.exp() * log_p).sum(-1)
     spread = (paid - expected).std() / paid.numel() ** 0.5
