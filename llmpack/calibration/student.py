@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ class Student:
         self, checkpoint: Checkpoint, graph: ModelGraph, trainable: Trainable, rank: int, generator: torch.Generator
     ) -> None:
         family = family_of(graph.config)
+        self._block_path = family.block_path
         self._paths = {spec.name: family.module_name(spec.name) for spec in graph.tensors}
         self.model = whole_model(checkpoint, graph)
         self.learning: dict[str, nn.Parameter] = {}
@@ -59,10 +61,8 @@ class Student:
 
     def save_memory(self) -> None:
         """Let blocks compute their inner states again for their gradients, in place of keeping them."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                module.training = True  # of the block itself alone: dropout inside it stays off
+        for block in self.model.get_submodule(self._block_path).children():
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
     def _add_thin(self, name: str, rank: int, generator: torch.Generator) -> None:
         path = self._paths[name].removesuffix(".weight")
