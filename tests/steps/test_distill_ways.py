@@ -99,7 +99,7 @@ def test_less_memory_gives_the_same_bytes(source, student, tmp_path):
     assert run(step(checkpointing=True), student, source, tmp_path / "again").digest == expected.digest
     learning = Student(student, open_model(student), "full", 1, torch.Generator())
     runs = []
-    learning.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+    learning.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     learning.save_memory()
     learning.model(corpus_of(1).tokens, use_cache=False).logits.sum().backward()
     assert len(runs) == 2
