@@ -4,6 +4,8 @@ token.
 For each position the teacher's k largest log-probabilities are kept. What is left of its probability is compared, as
 if it were one token, with what is left of the student's: without that, a student that puts too much on those k tokens
 would pay nothing for it. With k the whole vocabulary this is ``KL(p || q)`` itself.
+
+Hidden states may be compared beside: a student that is led where its teacher was has more to go by than tokens say.
 """
 
 from __future__ import annotations
@@ -44,4 +46,12 @@ def tail_kl(logits: Tensor, ids: Tensor, log_p: Tensor, temperature: float = 1.0
     rest_q = (1 - log_q.exp().sum(-1)).clamp_min(SMALLEST)
     tail = torch.where(rest_p > SMALLEST, rest_p * (rest_p.clamp_min(SMALLEST).log() - rest_q.log()), 0.0)
     found: Tensor = ((p * (log_p - log_q)).sum(-1) + tail) * temperature**2
+    return found
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """[...] float32: squared distance of hidden states [..., D] from the teacher's, over the teacher's squared size."""
+    wanted = teacher.to(torch.float32)
+    size = wanted.pow(2).sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    found: Tensor = (student.to(torch.float32) - wanted).pow(2).sum(-1) / size
     return found

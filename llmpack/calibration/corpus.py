@@ -112,20 +112,28 @@ def _cut(text: str, characters: int) -> Iterator[str]:
 
 
 def build_corpus(
-    sources: Sequence[str], tokenizer: Any, *, tokens: int, length: int, seed: int = 0, base: Path
+    sources: Sequence[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    base: Path,
+    offline: bool = False,
 ) -> Corpus:
     """Sequences of `length` tokens, `tokens` of them in all (a multiple of `length` from below).
 
     sources    as in a recipe's ``text`` (see `llmpack.calibration.text`)
     tokenizer  of transformers (`load_tokenizer`)
     base       where relative paths start
+    offline    touch no network
 
     Raises RecipeError for sources without text, or with too little of it.
     """
     count = tokens // length
     if count == 0:
         raise RecipeError([Problem(f"{tokens} tokens do not make one sequence of {length}; raise `tokens`")])
-    texts = read_texts(sources, base)
+    texts = read_texts(sources, base, offline=offline)
     begin = _beginning(tokenizer)
     width = length - len(begin)
     stream: list[int] = []

@@ -10,7 +10,7 @@ tokens whose size is a hundred times that of others would else be all that is fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -78,18 +78,22 @@ def healed(
             if after == index + 1 and (same or not every):
                 own = whole if same else apply(forward, block, own)
             else:
-                changed |= _heal(forward, block, own, whole, damping)
+                pairs = ((own[part], whole[part]) for part in batches(*own.shape[:2]))
+                changed |= close(forward, block, pairs, damping)
                 own = apply(forward, block, own)
             done(1)
     return changed
 
 
-def _heal(forward: Forward, block: Block, own: Tensor, whole: Tensor, damping: float) -> dict[str, Tensor]:
-    """Change what `block` ends with, so that it turns `own` into something nearer to `whole`."""
+def close(forward: Forward, block: Block, pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> dict[str, Tensor]:
+    """Change what `block` ends with, so that it leads nearer to where it should; new numbers by name.
+
+    pairs  hidden states [B, T, D] that it sees and those that it should give, batch by batch
+    """
     specs = forward.graph.block(block.index)
     norm = next((spec for spec in specs if spec.gguf_name and spec.gguf_name.endswith(POST_NORM)), None)
     if norm is not None:
-        return _heal_norm(forward, block, norm, own, whole, damping)
+        return _close_norm(forward, block, norm, pairs, damping)
     down = next(spec for spec in specs if spec.part == "ffn.down")
     rows, columns = down.shape
     sums = _Sums(HessianSum(columns, forward.device), CrossSum(columns, forward.device, rows))
@@ -97,8 +101,8 @@ def _heal(forward: Forward, block: Block, own: Tensor, whole: Tensor, damping: f
     seen: list[Tensor] = []
     hook = module.register_forward_pre_hook(partial(_note_input, seen))
     try:
-        for part in batches(*own.shape[:2]):
-            missing, weight = _missing(forward, block, own[part], whole[part])
+        for own, whole in pairs:
+            missing, weight = _missing(forward, block, own, whole)
             a = seen.pop() * weight
             sums.own.add(a)
             sums.cross.add(missing, a)
@@ -109,16 +113,18 @@ def _heal(forward: Forward, block: Block, own: Tensor, whole: Tensor, damping: f
     return _put(forward, block, down, forward.checkpoint.read(down.name).double() + change.cpu())
 
 
-def _heal_norm(
-    forward: Forward, block: Block, norm: TensorSpec, own: Tensor, whole: Tensor, damping: float
+def _close_norm(
+    forward: Forward, block: Block, norm: TensorSpec, pairs: Iterable[tuple[Tensor, Tensor]], damping: float
 ) -> dict[str, Tensor]:
+    tokens = 0
     module = block.module.get_submodule(forward.module_path(norm).rpartition(".")[0])
     power, cross = (torch.zeros(norm.shape, dtype=torch.float64) for _ in range(2))
     seen: list[Tensor] = []
     hook = module.register_forward_hook(partial(_note_output, seen))
     try:
-        for part in batches(*own.shape[:2]):
-            missing, weight = _missing(forward, block, own[part], whole[part])
+        for own, whole in pairs:
+            missing, weight = _missing(forward, block, own, whole)
+            tokens += own.shape[0] * own.shape[1]
             o = (seen.pop() * weight).double().flatten(0, 1).cpu()
             power += (o**2).sum(0)
             cross += (o * missing.double().flatten(0, 1).cpu()).sum(0)
@@ -126,7 +132,6 @@ def _heal_norm(
         hook.remove()
     offset = family_of(forward.graph.config).norm_offset
     values = forward.checkpoint.read(norm.name).double()
-    tokens = own.shape[0] * own.shape[1]
     gain = gains(power / tokens, cross / tokens, damping)
     return _put(forward, block, norm, (values + offset) * (1 + gain) - offset)
 
@@ -141,8 +146,13 @@ def _note_output(seen: list[Tensor], _: nn.Module, __: tuple[Tensor, ...], outpu
 
 def _missing(forward: Forward, block: Block, own: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
     """What the block's output lacks [B, T, D], and the weight of each token [B, T, 1], which is in it already."""
-    weight = whole.pow(2).mean(-1, keepdim=True).rsqrt().clamp_max(1e6).to(forward.device)
+    weight = relative_weight(whole).to(forward.device)
     return (whole.to(forward.device) - forward.run(block, own).float()) * weight, weight
+
+
+def relative_weight(whole: Tensor) -> Tensor:
+    """[B, T, 1]: by what a difference from hidden states [B, T, D] is multiplied to be relative to their size."""
+    return whole.pow(2).mean(-1, keepdim=True).rsqrt().clamp_max(1e6)
 
 
 def _put(forward: Forward, block: Block, spec: TensorSpec, values: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.models import family_of
@@ -23,6 +24,18 @@ else:
 Trainable = Literal["full", "lora", "norms"]
 
 
+def whole_model(checkpoint: Checkpoint, graph: ModelGraph) -> Any:
+    """transformers' model with every tensor of a checkpoint, float32, in memory; nothing of it learns."""
+    family = family_of(graph.config)
+    model = skeleton(graph.config)
+    state = {family.module_name(spec.name): checkpoint.read(spec.name).to(torch.float32) for spec in graph.tensors}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    if unexpected or any(model.get_parameter(name).is_meta for name in missing):
+        raise ValueError(f"not the tensors of this model: {[*missing, *unexpected][:3]}")
+    return model.requires_grad_(False)
+
+
 class Student:
     """A checkpoint as one module in memory, float32.
 
@@ -35,14 +48,9 @@ class Student:
         self, checkpoint: Checkpoint, graph: ModelGraph, trainable: Trainable, rank: int, generator: torch.Generator
     ) -> None:
         family = family_of(graph.config)
+        self._block_path = family.block_path
         self._paths = {spec.name: family.module_name(spec.name) for spec in graph.tensors}
-        self.model = skeleton(graph.config)
-        state = {self._paths[spec.name]: checkpoint.read(spec.name).to(torch.float32) for spec in graph.tensors}
-        missing, unexpected = self.model.load_state_dict(state, strict=False, assign=True)
-        self.model.tie_weights()
-        if unexpected or any(self.model.get_parameter(name).is_meta for name in missing):
-            raise ValueError(f"not the tensors of this model: {[*missing, *unexpected][:3]}")
-        self.model.requires_grad_(False)
+        self.model = whole_model(checkpoint, graph)
         self.learning: dict[str, nn.Parameter] = {}
         self._thin: dict[str, tuple[str, str]] = {}
         for spec in graph.tensors:
@@ -50,6 +58,11 @@ class Student:
                 self._add_thin(spec.name, rank, generator)
             elif trainable == "full" or (trainable == "norms" and spec.part in ("norm", "bias")):
                 self.learning[spec.name] = self.model.get_parameter(self._paths[spec.name]).requires_grad_(True)
+
+    def save_memory(self) -> None:
+        """Let blocks compute their inner states again for their gradients, in place of keeping them."""
+        for block in self.model.get_submodule(self._block_path).children():
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
     def _add_thin(self, name: str, rank: int, generator: torch.Generator) -> None:
         path = self._paths[name].removesuffix(".weight")

@@ -4,6 +4,7 @@
     "notes/"                    every .txt, .md and .rst file below, in order of path
     "chats.jsonl#answer.text"   one document a line: the field of that dotted path
     "python:pydoc_data.topics"  every long string in the source of a standard-library module, which is read, not run
+    "dataset:..."               a column of a data set (see `llmpack.calibration.data_set`)
 
 Python's documentation is on every machine and differs between versions, so a corpus made from it carries its digest.
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmpack.calibration import data_set
 from llmpack.errors import Problem, RecipeError
 from llmpack.units import format_size
 
@@ -32,17 +34,18 @@ class _NoTextError(Exception):
     """Why one source gives no text."""
 
 
-def read_texts(sources: Sequence[str], base: Path) -> list[str]:
+def read_texts(sources: Sequence[str], base: Path, *, offline: bool = False) -> list[str]:
     """The documents of all sources, in order.
 
-    base  the folder where relative paths start
+    base     the folder where relative paths start
+    offline  touch no network
 
-    Raises RecipeError with every source that gives no text.
+    Raises RecipeError with every source that gives no text, EnvironmentProblem for data sets that cannot be read here.
     """
     problems, texts, total = [], [], 0
     for source in sources:
         try:
-            found = list(_read(source, base))
+            found = list(_read(source, base, offline))
             if not any(text.strip() for text in found):
                 raise _NoTextError("there is no text in it")
         except _NoTextError as why:
@@ -58,10 +61,16 @@ def read_texts(sources: Sequence[str], base: Path) -> list[str]:
     return texts
 
 
-def _read(source: str, base: Path) -> Iterator[str]:
+def _read(source: str, base: Path, offline: bool) -> Iterator[str]:
     kind, _, rest = source.partition(":")
     if kind == "python" and rest:
         yield from _python_strings(rest)
+        return
+    if kind == data_set.KIND and rest:
+        try:
+            yield from data_set.rows(rest, base, offline=offline)
+        except (ValueError, TypeError, LookupError) as why:
+            raise _NoTextError(str(why)) from why
         return
     name, _, field = source.partition("#")
     path = base / Path(name).expanduser()

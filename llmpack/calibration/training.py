@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpack.algorithms.distillation import tail_kl
-from llmpack.calibration.student import Student
+import numpy as np
+
+from llmpack.algorithms.distillation import relative_error, tail_kl
+from llmpack.calibration import ranks
+from llmpack.calibration.student import Student, Trainable
 from llmpack.calibration.teacher import Predictions
 from llmpack.checkpoint.atomic import write_atomic
+from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import NumericalError
+from llmpack.models import open_model
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
-    import accelerate
     import safetensors
     import safetensors.torch as safetensors_torch
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 else:
     from llmpack.lazy import LazyModule
 
     torch = LazyModule("torch")
-    accelerate = LazyModule("accelerate")
     safetensors = LazyModule("safetensors")
     safetensors_torch = LazyModule("safetensors.torch")
 
@@ -48,6 +52,7 @@ class Schedule:
     warmup    steps until the learning rate is reached
     check     steps between two looks at held-out text, at which the state becomes durable too
     patience  looks without a new best after which it stops
+    hidden    weight of the relative error of hidden states beside the divergence
     """
 
     learning_rate: float
@@ -58,6 +63,7 @@ class Schedule:
     patience: int
     temperature: float = 1.0
     precision: str = "float32"
+    hidden: float = 0.0
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step: a line up, then half a cosine down to a tenth."""
@@ -110,11 +116,14 @@ class Training:
         self._student, self._learn, self._held = student, learn, held
         self._schedule, self._seed, self._progress = schedule, seed, progress
         self._state, self._best = work / "state.safetensors", work / "best.safetensors"
-        precision = {"float32": "no", "bfloat16": "bf16"}[schedule.precision]
-        self._accelerator = accelerate.Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+        self._accelerator = ranks.accelerator({"float32": "no", "bfloat16": "bf16"}[schedule.precision])
         optimizer = torch.optim.AdamW(student.learning.values(), lr=schedule.learning_rate, weight_decay=0.0)
-        self._model, self._optimizer = self._accelerator.prepare(student.model, optimizer)
-        self._model.eval()  # dropout stays off, so that nothing is drawn by chance
+        # not wrapped for several processes: gradients are summed once for each step, whatever each of them had to do
+        self._model = self._accelerator.prepare_model(student.model, evaluation_mode=True)
+        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        self._hidden: list[Tensor] = []
+        if schedule.hidden:
+            student.model.base_model.register_forward_hook(self._note_hidden)
 
     @property
     def steps(self) -> int:
@@ -138,7 +147,30 @@ class Training:
         found = {"held_out": {"before": at.first, "after": at.best}, "steps": at.step, "best_step": at.best_step}
         if at.best_step == 0:
             return Learned(None, found)
+        self._accelerator.wait_for_everyone()  # the best may still be on its way to the disk
         return Learned(safetensors_torch.load(self._best.read_bytes()), found)
+
+    def _note_hidden(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._hidden[:] = [output.last_hidden_state]
+
+    def _mine(self, sequences: Tensor) -> Tensor:
+        """Those of some sequences that this process runs."""
+        return sequences[self._accelerator.process_index :: self._accelerator.num_processes]
+
+    def _sum(self, value: float) -> float:
+        """The sum over all processes."""
+        if self._accelerator.num_processes == 1:
+            return value
+        whole = torch.tensor(value, dtype=torch.float64, device=self._accelerator.device)
+        torch.distributed.all_reduce(whole)
+        return float(whole)
+
+    def _sum_gradients(self) -> None:
+        if self._accelerator.num_processes > 1:
+            for number in self._student.learning.values():
+                if number.grad is None:  # fewer sequences than processes
+                    number.grad = torch.zeros_like(number)
+                torch.distributed.all_reduce(number.grad)
 
     def _sequences(self, step: int) -> Tensor:
         """Numbers of the sequences of a step."""
@@ -150,6 +182,14 @@ class Training:
         return order[place * self._schedule.batch : (place + 1) * self._schedule.batch]
 
     def _loss(self, text: Text, sequences: Tensor) -> Tensor:
+        """What is made small: divergence, and the distance of hidden states if asked."""
+        loss = self._divergence(text, sequences)
+        if self._schedule.hidden:
+            wanted = text.predictions.states(sequences).to(self._accelerator.device)
+            loss = loss + self._schedule.hidden * relative_error(self._hidden.pop(), wanted).mean()
+        return loss
+
+    def _divergence(self, text: Text, sequences: Tensor) -> Tensor:
         """Mean KL divergence over some sequences."""
         device = self._accelerator.device
         ids, log_p = (part.to(device) for part in text.predictions.batch(sequences))
@@ -160,12 +200,14 @@ class Training:
         """One step; sequences run one by one, so that the logits of one are in memory."""
         sequences = self._sequences(step)
         total = 0.0
-        for one in sequences:
+        for one in self._mine(sequences):
             loss = self._loss(self._learn, one[None]) / len(sequences)
             self._accelerator.backward(loss)
             total += float(loss.detach())
+        total = self._sum(total)
         if not math.isfinite(total):
             raise self._diverged(f"the loss of step {step + 1} is {total}")
+        self._sum_gradients()
         self._accelerator.clip_grad_norm_(self._student.learning.values(), CLIP)
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.rate(step, self.steps)
@@ -180,8 +222,9 @@ class Training:
 
     def _validate(self) -> float:
         with torch.no_grad():
-            losses = [float(self._loss(self._held, torch.tensor([i]))) for i in range(len(self._held.tokens))]
-        return sum(losses) / len(losses)
+            mine = self._mine(torch.arange(len(self._held.tokens)))
+            losses = [float(self._divergence(self._held, one[None])) for one in mine]
+        return self._sum(sum(losses)) / len(self._held.tokens)
 
     def _look(self, at: _Progressed) -> None:
         """Judge on held-out text, keep the best, make the state durable."""
@@ -191,10 +234,12 @@ class Training:
         self._progress.say(f"step {at.step} of {self.steps}: held-out KL {loss:.4g} (best {min(at.best, loss):.4g})")
         if loss < at.best:
             at.best, at.best_step, at.since = loss, at.step, 0
-            write_atomic(self._best, safetensors_torch.save(self._numbers()))
+            if self._accelerator.is_main_process:
+                write_atomic(self._best, safetensors_torch.save(self._numbers()))
         else:
             at.since += 1
-        self._save(at)
+        if self._accelerator.is_main_process:
+            self._save(at)
 
     def _numbers(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu().clone() for name, value in self._student.learning.items()}
@@ -219,5 +264,59 @@ class Training:
                 for name, value in self._student.learning.items():
                     value.copy_(file.get_tensor(name))
                     keys = ("exp_avg", "exp_avg_sq", "step")
-                    self._optimizer.state[value] = {key: file.get_tensor(f"{name}:{key}") for key in keys}
+                    moments = {key: file.get_tensor(f"{name}:{key}") for key in keys}
+                    self._optimizer.state[value] = {
+                        key: one if key == "step" else one.to(value.device) for key, one in moments.items()
+                    }
         return at
+
+
+@dataclass(frozen=True)
+class Job:
+    """A distillation as every process that takes part can do it: all that it needs lies on disk.
+
+    checkpoint  folder of the student
+    work        holds tokens and the teacher's predictions, and the state
+    threads     of all processes on a machine
+    """
+
+    checkpoint: str
+    work: str
+    trainable: Trainable
+    rank: int
+    save_memory: bool
+    seed: int
+    threads: int
+    schedule: Schedule
+
+    def values(self) -> dict[str, Any]:
+        """For `Job.of`."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Job:
+        """The inverse of `values`."""
+        return cls(**{**values, "schedule": Schedule(**values["schedule"])})
+
+
+def train(job: Job, progress: Progress = QUIET) -> tuple[Student, Learned]:
+    """Do a job, alone or as one of several processes. Raises NumericalError where a loss is not finite."""
+    checkpoint, work = Checkpoint.open(Path(job.checkpoint)), Path(job.work)
+    hidden = job.schedule.hidden > 0
+    learn, held = (
+        Text(torch.from_numpy(np.load(work / f"{name}.npy")), Predictions.read(work, name, hidden=hidden))
+        for name in ("learn", "held")
+    )
+    generator = torch.Generator().manual_seed(job.seed)
+    student = Student(checkpoint, open_model(checkpoint), job.trainable, job.rank, generator)
+    if job.save_memory:
+        student.save_memory()
+    return student, Training(student, learn, held, job.schedule, job.seed, work, progress).run()
+
+
+def follow() -> None:
+    """Train whenever the first process does, until it sends this one home."""
+    while (values := ranks.called()) is not None:
+        job = Job.of(values)
+        torch.set_num_threads(ranks.threads(job.threads))
+        train(job)

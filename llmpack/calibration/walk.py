@@ -227,7 +227,10 @@ class Visit:
     def run(self, hidden: Tensor, *, learning: bool = False) -> Tensor:
         """Hidden states [B, T, D] after the block as it is now; learning: for gradients by its parameters."""
         block = Block(self.index, self._module)
-        return self._forward.learn(block, hidden) if learning else self._forward.run(block, hidden)
+        if not learning:
+            return self._forward.run(block, hidden)
+        with torch.enable_grad():
+            return self._forward.learning(block, hidden)
 
     def leave(self) -> None:
         """Called by the walk: see to the inputs of the next block, and give the memory of this one back."""

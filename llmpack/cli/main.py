@@ -82,15 +82,23 @@ def build(
     profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, phase by phase.")] = False,
 ) -> None:
     """Make a bundle: quantize, write, read back, measure, judge. A killed build goes on where it was."""
+    from llmpack.calibration import ranks
+
+    if ranks.follows():  # of several processes that a launcher started, the first builds
+        from llmpack.calibration.training import follow
+
+        return follow()
     from llmpack.cli.show import show_built, show_profile
     from llmpack.pipeline.build import build_bundle
     from llmpack.profile import profiling
 
     with profiling() as found:
         made = build_bundle(_order(recipe, out, set, cache, no_wait, offline))
+    ranks.call(None)
     session.answer(made.summary() | ({"profile": found.rows()} if profile else {}), lambda: show_built(made))
     if profile and not session.json:
         show_profile(found)
+    return None
 
 
 @app.command()

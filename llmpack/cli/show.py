@@ -160,6 +160,11 @@ def show_plan(build: Build) -> None:
         for step, graph in zip(plan.steps, before, strict=False)
     ]
     show_table(rows)
+    for asked, planned in zip(build.recipe.step, plan.steps, strict=True):
+        if asked.open_amount is not None:
+            print(f'{asked.use}: {asked.open_amount} = "budget" is {getattr(planned.step, asked.open_amount)} here')
+    if plan.alternative is not None:
+        print(plan.alternative.words())
     _show_choices(plan)
     for look in plan.outlooks:
         if look.estimate.memory:

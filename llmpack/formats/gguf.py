@@ -50,7 +50,7 @@ from llmpack.checkpoint.atomic import disk_errors, replaced_when_whole, require_
 from llmpack.encodings import encoding
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.formats.facts import Facts
-from llmpack.formats.gguf_container import Container, TensorEntry, Value, padded
+from llmpack.formats.gguf_container import Container, TensorEntry, Value, keys_nbytes, padded
 from llmpack.formats.gguf_metadata import metadata
 from llmpack.formats.gguf_vocab import vocabulary
 from llmpack.formats.tokenizer_files import TokenizerFiles
@@ -106,20 +106,18 @@ class GgufFormat:
 
         graph  may be what a step's preview promises: its config and encodings count, not the checkpoint's
         """
+        return self._container(graph, facts, self._vocabulary(graph, checkpoint))
+
+    def _container(self, graph: ModelGraph, facts: Facts, words: dict[str, Value]) -> Container:
         graph = self.encode_graph(graph)
-        extra = family_of(graph.config).extra_tensors(graph.config)
+        family = family_of(graph.config)
+        extra = family.extra_tensors(graph.config)
         entries = [TensorEntry(name, values.shape, 0, values.nbytes) for name, values in extra.items()]
         for spec in graph.tensors:
             kind = encoding(spec.encoding)
             if spec.gguf_name is None or kind.ggml_type is None:  # encode_graph has refused these
                 raise AssertionError(spec.name)
             entries.append(TensorEntry(spec.gguf_name, spec.shape, kind.ggml_type, kind.nbytes(spec.shape)))
-        return Container(self._keys(graph, checkpoint, facts, entries), tuple(entries))
-
-    def _keys(
-        self, graph: ModelGraph, checkpoint: Checkpoint, facts: Facts, entries: list[TensorEntry]
-    ) -> dict[str, Value]:
-        family = family_of(graph.config)
         keys = metadata(
             facts,
             family.gguf_arch,
@@ -127,12 +125,21 @@ class GgufFormat:
             graph.tensors,
             sum(math.prod(entry.shape) for entry in entries),
         )
-        files = TokenizerFiles.read(checkpoint.folder, checkpoint.tokenizer_files)
-        return keys | vocabulary(files, graph.config, family.tokenizer)
+        return Container(keys | words, tuple(entries))
 
-    def nbytes(self, graph: ModelGraph, checkpoint: Checkpoint, facts: Facts) -> int:
-        """Exact size of the file that `write` will make."""
-        return self.container(graph, checkpoint, facts).nbytes
+    def _vocabulary(self, graph: ModelGraph, checkpoint: Checkpoint) -> dict[str, Value]:
+        files = TokenizerFiles.read(checkpoint.folder, checkpoint.tokenizer_files)
+        return vocabulary(files, graph.config, family_of(graph.config).tokenizer)
+
+    def vocabulary_bytes(self, graph: ModelGraph, checkpoint: Checkpoint) -> int:
+        """Bytes of the keys that hold the vocabulary, which are the same whatever becomes of the blocks."""
+        return keys_nbytes(self._vocabulary(graph, checkpoint))
+
+    def nbytes(self, graph: ModelGraph, checkpoint: Checkpoint, facts: Facts, words: int | None = None) -> int:
+        """Exact size of the file that `write` will make; `words`: `vocabulary_bytes`, where they are known."""
+        if words is None:
+            return self.container(graph, checkpoint, facts).nbytes
+        return self._container(graph, facts, {}).nbytes_with(words)
 
     def write(
         self, checkpoint: Checkpoint, graph: ModelGraph, path: Path, facts: Facts, progress: Progress = QUIET

@@ -236,7 +236,15 @@ class Container:
     @property
     def nbytes(self) -> int:
         """Exact size of the file."""
-        head = struct.calcsize("<4sIQQ")
-        keys = sum(len(_packed_text(key)) + value.nbytes for key, value in self.metadata.items())
+        return self.nbytes_with(0)
+
+    def nbytes_with(self, more: int) -> int:
+        """Exact size of the file with so many bytes more of keys."""
+        head = struct.calcsize("<4sIQQ") + keys_nbytes(self.metadata) + more
         lines = sum(len(line) for line in self._lines())
-        return padded(head + keys + lines) + sum(padded(tensor.nbytes) for tensor in self.tensors)
+        return padded(head + lines) + sum(padded(tensor.nbytes) for tensor in self.tensors)
+
+
+def keys_nbytes(keys: Mapping[str, Value]) -> int:
+    """Bytes of keys and their values."""
+    return sum(len(_packed_text(key)) + value.nbytes for key, value in keys.items())

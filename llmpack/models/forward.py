@@ -207,11 +207,11 @@ class Forward:
         output: Tensor = block.module(hidden, **frame.keywords[block.index])
         return output
 
-    def learn(self, block: Block, hidden: Tensor) -> Tensor:
-        """As `run`, keeping what gradients need by those parameters of the block that require them."""
+    def learning(self, block: Block, hidden: Tensor) -> Tensor:
+        """As `run`; gradients reach those parameters of the block that require them, if the caller wants gradients."""
         frame, tokens = self.frame(hidden.shape[0], hidden.shape[1]), hidden.shape[0] * hidden.shape[1]
         weights = sum(spec.parameters for spec in self.graph.block(block.index) if spec.is_linear)
-        with torch.enable_grad(), phase("forward", tokens=tokens, flops=2.0 * tokens * weights):
+        with phase("learning", tokens=tokens, flops=(6.0 if torch.is_grad_enabled() else 2.0) * tokens * weights):
             return self._through(block, hidden.to(device=self.device, dtype=self.dtype), frame)
 
     def pull_back(self, block: Block, hidden: Tensor, gradient: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from llmpack.errors import Problem, RecipeError
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.choosing import Choice, choose
+from llmpack.pipeline.fitting import fitted
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.limits import Setting
 from llmpack.pipeline.mixes import alternatives, known_best
@@ -34,6 +35,7 @@ class PlannedStep:
 
     graph   what it will make
     state   "to do" also where it is not known yet, because a step before it has to run first
+    made    digest of what it makes, if that is cached
     choice  what it chose, for a step that chooses; where that does not rest on scores yet, `step` is still as in the
             recipe, `graph` a stand-in of the size that was asked for, and `bounds` the smallest and the largest
     scores  facts of the scores that it chooses from, None where they are not known yet
@@ -48,6 +50,7 @@ class PlannedStep:
     bounds: tuple[ModelGraph, ModelGraph] | None = None
     scores: dict[str, Any] | None = None
     mixes: tuple[Choice, ...] = ()
+    made: str | None = None
 
     @property
     def open(self) -> bool:
@@ -77,6 +80,8 @@ def follow(
     current = known.source
     for index, step in enumerate(recipe.step):
         try:
+            if step.open_amount is not None:
+                step = fitted(recipe.step[index:], graph, setting)
             one, current = _next(step, graph, current, known, setting, cache)
         except RecipeError as error:
             raise RecipeError([placed(p, document, ("step", index)) for p in error.problems]) from error
@@ -118,7 +123,7 @@ def _next(
     entry = cache.find(STEP, facts)
     state: State = "cached" if entry is not None else "unfinished" if cache.unfinished(STEP, facts) else "to do"
     made = str(entry.result["digest"]) if entry is not None else None
-    return PlannedStep(step, graph_after, state, cache.key(STEP, facts), choice, scores=wanted), made
+    return PlannedStep(step, graph_after, state, cache.key(STEP, facts), choice, scores=wanted, made=made), made
 
 
 def _score_facts(step: QuantizeAuto, graph: ModelGraph, current: str | None, known: Known) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpack.calibration import data_set
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import Problem, RecipeError
 from llmpack.pipeline.cache import Cache
@@ -28,13 +29,15 @@ MOST_OVERLAP = 0.01
 class Text:
     """One text of a recipe with the tokenizer that cuts it.
 
-    name  "calibration" or "evaluation", its section
+    name     "calibration" or "evaluation", its section
+    offline  touch no network
     """
 
     name: str
     section: CalibrationSection | EvaluationSection
     document: TomlDocument
     checkpoint: Checkpoint
+    offline: bool = False
 
     @property
     def _base(self) -> Path:
@@ -81,6 +84,7 @@ class Text:
                 length=section.length,
                 seed=section.seed,
                 base=self._base,
+                offline=self.offline,
             )
         except RecipeError as error:
             key = (self.name, "text")
@@ -101,6 +105,11 @@ def _text_facts(source: str, base: Path) -> Any:
     if kind == "python" and module:
         return {"python": sys.version}
     path = base / Path(source.partition("#")[0]).expanduser()
+    if kind == data_set.KIND:
+        folder = data_set.folder_of(module, base)
+        if folder is None:
+            return {"datasets": installed("datasets")}  # the source names a commit
+        path = folder
     if path.is_dir():
         return [file_facts(inner) for inner in sorted(path.rglob("*")) if inner.is_file()]
     return file_facts(path) if path.is_file() else None

@@ -51,7 +51,7 @@ def evaluate_bundle(
     if packed.manifest is not None and source != packed.manifest.made["source"]["digest"]:
         message = f"the source {recipe.source.model} is no longer the model that this bundle was made from"
         raise VerificationFailed([Problem(message, where=str(path))])
-    words = Text("evaluation", section, document, origin.checkpoint)
+    words = Text("evaluation", section, document, origin.checkpoint, offline)
     digest = words.known_digest(cache) or words.build(cache).digest
 
     def cut() -> Tensor:

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from llmpack.calibration import ranks
 from llmpack.encodings import ENCODINGS
 from llmpack.models import FAMILIES
 from llmpack.models.graph import ModelGraph
@@ -81,10 +82,12 @@ def step_facts(
     graph   what its preview promises
     """
     names = sorted({spec.encoding for spec in graph.tensors})
+    together = {"processes": ranks.count()} if step.trains and ranks.count() > 1 else {}
     return {
+        **together,
         "step": step.use,
         "version": step.version,
-        "options": step.model_dump(mode="json"),
+        "options": step.model_dump(mode="json", exclude=set(step.unkeyed)),
         "input": source,
         "origin": origin,
         "corpus": corpus if step.needs_corpus else None,

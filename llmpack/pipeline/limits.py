@@ -1,4 +1,4 @@
-"""The target of quantize.auto as limits on the weights: what each encoding of each tensor takes of each.
+"""A size that is aimed at, as limits on the weights: what each encoding of each tensor takes of each.
 
 A step knows no format, device or budget; here, where all are known, its target becomes numbers, alignment and metadata
 included.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmpack.encodings import ENCODINGS
 from llmpack.errors import Problem, RecipeError
@@ -33,18 +33,29 @@ PICO = 1e12
 
 
 class FileSize:
-    """Exact bytes of a model file. Its head is as long whatever the encodings are, so it is made once for a model."""
+    """Exact bytes of a model file.
+
+    Its head is as long whatever the encodings are, so it is made once for a model; the vocabulary in it, which is most
+    of it, is the same for all models that steps make of one source.
+    """
 
     def __init__(self, file_format: GgufFormat, checkpoint: Checkpoint, facts: Callable[[ModelGraph], Facts]) -> None:
         self._format, self._checkpoint, self._facts = file_format, checkpoint, facts
         self._known: tuple[ModelGraph, int] | None = None
+        self._words: tuple[dict[str, Any], int] | None = None
 
     def __call__(self, graph: ModelGraph) -> int:
         """Bytes of the file of a graph."""
         rows = sum(padded(spec.nbytes) for spec in self._format.encode_graph(graph).tensors)
         if self._known is None or self._known[0].config is not graph.config:
-            self._known = (graph, self._format.nbytes(graph, self._checkpoint, self._facts(graph)) - rows)
+            self._known = (graph, self._whole(graph) - rows)
         return self._known[1] + rows
+
+    def _whole(self, graph: ModelGraph) -> int:
+        tokens = {key: value for key, value in graph.config.items() if "token" in key or "vocab" in key}
+        if self._words is None or self._words[0] != tokens:
+            self._words = (tokens, self._format.vocabulary_bytes(graph, self._checkpoint))
+        return self._format.nbytes(graph, self._checkpoint, self._facts(graph), self._words[1])
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def limits_of(
         text = f"memory and speed cannot be estimated on {names}"
         raise RecipeError([Problem(f"{text}; set disk in [budget], or name a size", "target")])
     if not limits:
-        text = 'target = "budget" fills the limits of [budget]; set disk, memory or decode there, or name a size'
+        text = '"budget" fills the limits of [budget]; set disk, memory or decode there, or name a size'
         raise RecipeError([Problem(text, "target")])
     return limits
 

@@ -16,6 +16,7 @@ from llmpack.errors import EnvironmentProblem, RecipeError, StepFailed
 from llmpack.formats.facts import Facts
 from llmpack.formats.gguf import GgufFormat
 from llmpack.models.graph import ModelGraph
+from llmpack.pipeline.alternative import Alternative, alternative_to
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.chain import Known, PlannedStep, follow, placed
 from llmpack.pipeline.choosing import Choice
@@ -70,6 +71,7 @@ class Plan:
     facts    what the model file will say about itself
     outlooks  one for each device of the recipe; `device`, `estimate` and `verdict` are those of the first
     host_memory  what the steps take of this machine while they build
+    alternative  to what steps prune, where any do
     """
 
     outlooks: tuple[Outlook, ...]
@@ -83,6 +85,7 @@ class Plan:
     disk_needs: tuple[DiskNeed, ...]
     threads: int
     host_memory: HostMemory
+    alternative: Alternative | None = None
 
     @property
     def device(self) -> Device:
@@ -133,6 +136,7 @@ class Plan:
             ],
             "choices": [choice.document() for choice in self.choices if choice.scored],
             "host_memory": self.host_memory.document(),
+            "alternative": self.alternative.document() if self.alternative is not None else None,
             "estimates": [look.estimate.to_json() for look in self.outlooks],
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "disk": [
@@ -175,6 +179,7 @@ def make_plan(
     needs = host_memory(recipe, before, [planned.step for planned in steps], to_do)
     if (problem := memory_problem(needs, recipe, document)) is not None:
         raise RecipeError([problem])
+    alternative = alternative_to(recipe, origin.graph, steps, nbytes, known, setting, cache)
     return Plan(
         outlooks=tuple(_outlook(recipe, outline, chosen, disk) for chosen in devices),
         steps=steps,
@@ -184,9 +189,10 @@ def make_plan(
         disk=disk,
         facts=bundle_facts(origin, recipe, graph),
         file_format=file_format,
-        disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out),
+        disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out, alternative),
         threads=threads,
         host_memory=needs,
+        alternative=alternative,
     )
 
 
@@ -246,7 +252,13 @@ def seed_of(recipe: Recipe) -> int:
 
 
 def _disk_needs(
-    recipe: Recipe, steps: tuple[PlannedStep, ...], origin: Origin, nbytes: int, cache: Cache, out: Path
+    recipe: Recipe,
+    steps: tuple[PlannedStep, ...],
+    origin: Origin,
+    nbytes: int,
+    cache: Cache,
+    out: Path,
+    alternative: Alternative | None,
 ) -> tuple[DiskNeed, ...]:
     """Free bytes wanted, by file system: checkpoints of steps and spilled activations, the bundle."""
     hidden = next(spec.shape[1] for spec in origin.graph.outside if spec.part == "embedding")
@@ -255,6 +267,8 @@ def _disk_needs(
     work = sum(p.step.copies * max(1, len(p.mixes)) * p.graph.nbytes for p in to_do) + (spilled if to_do else 0)
     if recipe.calibration is not None:
         work += sum(4 * hidden * _kept_for_scores(planned, recipe.calibration.tokens) for planned in to_do)
+        if alternative is not None and alternative.possible and alternative.predicted is None:
+            work += 4 * hidden * (origin.graph.block_count + 3) * min(recipe.calibration.tokens, alternative.tokens)
     if recipe.evaluation is not None:
         work += 4 * hidden * recipe.evaluation.tokens
     wanted: dict[int, DiskNeed] = {}

@@ -43,7 +43,8 @@ class CalibrationSection(Section):
     """`[calibration]`: the text that steps learn from."""
 
     text: tuple[Text, ...] = Field(min_length=1)
-    """`python:MODULE`, files, folders, or `FILE.jsonl#FIELD`; relative paths start at the recipe's folder."""
+    """`python:MODULE`, files, folders, `FILE.jsonl#FIELD`, or `dataset:OWNER/NAME@COMMIT/SPLIT#FIELD` of the hub;
+    relative paths start at the recipe's folder."""
     tokens: int = Field(default=32_768, ge=1, le=2**31)
     """How many tokens, a multiple of `length` from below."""
     length: int = Field(default=512, ge=2, le=2**20)

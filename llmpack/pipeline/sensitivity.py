@@ -115,7 +115,7 @@ def diagnose(
     if recipe.calibration is None:
         raise RecipeError([Problem("scores rest on calibration text; add a [calibration] section", where=model)])
     origin = open_origin(recipe, document, cache, offline=offline)
-    words = Text("calibration", recipe.calibration, document, origin.checkpoint)
+    words = Text("calibration", recipe.calibration, document, origin.checkpoint, offline)
     step = next((one for one in recipe.step if isinstance(one, QuantizeAuto)), QuantizeAuto(use="quantize.auto"))
     facts = score_facts(
         origin.graph,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from llmpack.steps.quantize import FLOATS
 if TYPE_CHECKING:
     from torch import Tensor
 
+OnDominated = Literal["say", "stop", "skip"]
 HELD_OUT = 0.125
 """Share of the calibration text that pruning does not learn from: gates are judged on it."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from llmpack.calibration.ablation import changed_model
+from llmpack.calibration.blockwise import Blockwise, Fit
 from llmpack.calibration.choice import by_angle, by_influence, cheapest_run
 from llmpack.calibration.corpus import Corpus
 from llmpack.calibration.gate import mean_kl
@@ -22,11 +23,11 @@ from llmpack.models import family_of, open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.models.graph import ModelGraph
 from llmpack.models.surgery import Kept, origins, resized
-from llmpack.steps.amount import Amount, parameters
+from llmpack.steps.amount import BUDGET, Amount, parameters, require_number
 from llmpack.steps.blocks import compute_threads
-from llmpack.steps.cutting import promised, require_floats, split, write_cut
+from llmpack.steps.cutting import OnDominated, promised, require_floats, split, write_cut
 from llmpack.steps.host_memory import Batch, Moment
-from llmpack.steps.pruning_memory import comparing, fitting, running
+from llmpack.steps.pruning_memory import comparing, fitting, learning_block, running
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ class PruneDepth(Step):
     """
 
     version: ClassVar[int] = 1
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
 
     drop: Amount | None = None
-    """How much goes: a number of blocks, a share of them (0.125), or the parameters to get down to ("90M")."""
+    """How much goes: a number of blocks, a share of them (0.125), the parameters to get down to ("90M"), or "budget":
+    as little as `[budget]` allows."""
 
     blocks: tuple[int, ...] | None = None
     """The blocks to remove, counted from 0, in place of `drop`."""
@@ -57,17 +60,39 @@ class PruneDepth(Step):
     choice_tokens: int = Field(default=1024, ge=1, le=2**24)
     """Tokens of calibration text on which blocks are chosen, in whole sequences."""
 
-    heal: Literal["best", "every", "gaps", "none"] = "best"
+    heal: Literal["best", "every", "gaps", "blocks", "none"] = "best"
     """Which blocks are changed to make up for the lost ones: those before a gap, every one behind the first gap too, or
-    none; "best" is whichever of these is nearest to the source on held-out text."""
+    none; "best" is whichever of these is nearest to the source on held-out text. These take seconds, in closed form;
+    "blocks" also fits all numbers of every block behind the first gap to the source's hidden states, which takes
+    minutes, and keeps the best of all."""
 
     damping: float = Field(default=0.5, ge=0, le=10)
     """How little healing trusts the calibration text, as a share of the mean square of what it fits on."""
+
+    heal_passes: int = Field(default=2, ge=1, le=1000)
+    """How often each block sees the text with heal = "blocks"."""
+
+    heal_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    """Learning rate of heal = "blocks"."""
+
+    on_dominated: OnDominated = "say"
+    """What to do where the whole model, quantized to the same bytes, is predicted to lose less: say so, stop, or do not
+    compare (`skip`), which saves scoring the source."""
 
     @property
     def needs_corpus(self) -> bool:
         """Unless blocks are named and not healed."""
         return self.blocks is None or self.heal != "none"
+
+    @property
+    def open_amount(self) -> str | None:
+        """`drop`, where it is "budget"."""
+        return "drop" if self.drop == BUDGET else None
+
+    def amounts(self, graph: ModelGraph) -> Sequence[Step]:
+        """Whole periods of blocks."""
+        period = family_of(graph.config).period(graph.config)
+        return [self.model_copy(update={"drop": count}) for count in range(period, graph.block_count, period)]
 
     def preview(self, graph: ModelGraph) -> ModelGraph:
         """As many blocks less. Which ones go does not show: blocks are equal, and patterns go on."""
@@ -91,6 +116,8 @@ class PruneDepth(Step):
             moments += [running(graph, streams, tokens, batch), comparing(graph, streams, tokens)]
         if batch is not None and self.heal != "none":
             moments.append(fitting(graph, "ffn.out", "healing", 2, batch))
+        if batch is not None and self.heal == "blocks":
+            moments.append(learning_block(graph, batch))
         return tuple(moments)
 
     def _named(self, graph: ModelGraph, blocks: Sequence[int]) -> tuple[int, ...]:
@@ -115,6 +142,7 @@ class PruneDepth(Step):
         """How many blocks `drop` stands for. Raises RecipeError with the arithmetic where it cannot be."""
         total, period = graph.block_count, family_of(graph.config).period(graph.config)
         drop = self.drop
+        require_number(drop, "drop")
         if isinstance(drop, str):
             each = sum(spec.parameters for spec in graph.block(0))
             count = max(0, math.ceil((graph.parameters - parameters(drop)) / each))
@@ -192,12 +220,16 @@ class PruneDepth(Step):
         self, forward: Forward, stay: Sequence[int], learn: Corpus, held: Corpus, bench: Workbench
     ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         """What healing changes, unless text that it has not seen says that it makes the model worse."""
-        ways = ("gaps", "every") if self.heal == "best" else (self.heal,)
+        ways = {"best": ("gaps", "every"), "blocks": ("gaps", "every", "blocks")}.get(self.heal, (self.heal,))
         changes: dict[str, dict[str, Tensor]] = {"none": {}}
         for way in ways:
-            changes[way] = healed(
-                forward, learn.tokens, stay, damping=self.damping, every=way == "every", progress=bench.progress
-            )
+            if way == "blocks":
+                fit = Fit(self.heal_passes, self.heal_rate, self.damping)
+                changes[way] = Blockwise(forward, learn, stay, fit, bench.work / way, bench.progress).run()
+            else:
+                changes[way] = healed(
+                    forward, learn.tokens, stay, damping=self.damping, every=way == "every", progress=bench.progress
+                )
         states = {way: changed_model(forward, held.tokens, stay, one, bench.progress) for way, one in changes.items()}
         kl = mean_kl(*_source(forward, held.tokens, bench), forward, states)
         best = min(kl.items(), key=lambda item: item[1])[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,9 +20,9 @@ from llmpack.models import family_of, open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.models.graph import ModelGraph
 from llmpack.models.surgery import Kept, resized, sliced
-from llmpack.steps.amount import Amount, parameters
+from llmpack.steps.amount import BUDGET, Amount, parameters, require_number
 from llmpack.steps.blocks import all_blocks_finished, compute_threads, require_blocks, shard_name
-from llmpack.steps.cutting import copy_checkpoint, promised, require_floats, split, write_cut
+from llmpack.steps.cutting import OnDominated, copy_checkpoint, promised, require_floats, split, write_cut
 from llmpack.steps.hidden_channels import HiddenCut
 from llmpack.steps.host_memory import Batch, Moment
 from llmpack.steps.pruning_memory import fitting
@@ -43,10 +43,12 @@ class PruneWidth(Step):
     """
 
     version: ClassVar[int] = 1
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
     copies: ClassVar[int] = 4
 
     ffn: Amount | None = None
-    """Feed-forward channels that go: a number, a share (0.25), or the parameters to get down to ("90M")."""
+    """Feed-forward channels that go: a number, a share (0.25), the parameters to get down to ("90M"), or "budget": as
+    few as `[budget]` allows."""
 
     heads: Amount | None = None
     """Groups of heads that go, each a key and value head with the query heads that share it."""
@@ -63,10 +65,27 @@ class PruneWidth(Step):
     damping: float = Field(default=0.01, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less."""
 
+    on_dominated: OnDominated = "say"
+    """As of `prune.depth`."""
+
     @property
     def needs_corpus(self) -> bool:
         """Always: what goes is chosen on it."""
         return True
+
+    @property
+    def open_amount(self) -> str | None:
+        """The first option that is "budget"."""
+        return next((name for name in AXES if getattr(self, name) == BUDGET), None)
+
+    def amounts(self, graph: ModelGraph) -> Sequence[Step]:
+        """Every width that `multiple_of` allows."""
+        name = self.open_amount
+        if name is None:
+            return ()
+        width, multiple = self._axis(graph, name)
+        least = width - (width - 1) // multiple * multiple
+        return [self.model_copy(update={name: gone}) for gone in range(least, width, multiple)]
 
     def preview(self, graph: ModelGraph) -> ModelGraph:
         """The narrower graph."""
@@ -94,15 +113,20 @@ class PruneWidth(Step):
         )
 
     def _narrower(self, graph: ModelGraph, name: str) -> ModelGraph:
-        sizes = family_of(graph.config).sizes(graph.config)
-        width = {"ffn": sizes.ffn, "heads": sizes.kv_heads, "hidden": sizes.hidden}[name]
-        multiple = 1 if name == "heads" else self.multiple_of
+        width, multiple = self._axis(graph, name)
+        require_number(getattr(self, name), name)
 
         def at(left: int) -> ModelGraph:
             sizes_left: dict[str, Any] = {AXES[name]: left}
             return promised(lambda: resized(graph, **sizes_left), name)
 
         return at(_left(getattr(self, name), width, multiple, name, lambda left: at(left).parameters))
+
+    def _axis(self, graph: ModelGraph, name: str) -> tuple[int, int]:
+        """How wide an axis is, and of what its width must be a multiple."""
+        sizes = family_of(graph.config).sizes(graph.config)
+        width = {"ffn": sizes.ffn, "heads": sizes.kv_heads, "hidden": sizes.hidden}[name]
+        return width, 1 if name == "heads" else self.multiple_of
 
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
         """Write the narrower checkpoint to ``bench.folder``."""

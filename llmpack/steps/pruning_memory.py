@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmpack.calibration.blockwise import STEP_TOKENS
 from llmpack.calibration.gate import CHUNK
 from llmpack.models.graph import ModelGraph
 from llmpack.steps.host_memory import BASE, Batch, Moment, Part, working_set
@@ -25,6 +26,12 @@ def _hidden(graph: ModelGraph) -> tuple[int, int]:
     return rows, columns
 
 
+def _saved(graph: ModelGraph) -> int:
+    """Numbers that a block keeps of a token for its gradients."""
+    inner = next(spec.shape[1] for spec in graph.block(0) if spec.part == "ffn.down")
+    return SAVED_WIDTHS * _hidden(graph)[1] + SAVED_INNER * inner
+
+
 def comparing(graph: ModelGraph, streams: int, tokens: int) -> Moment:
     """Logits of `streams` models of so many tokens each, a chunk at a time."""
     vocabulary, hidden = _hidden(graph)
@@ -41,17 +48,29 @@ def fitting(graph: ModelGraph, inputs: str, name: str, streams: int, batch: Batc
     return Moment(name, (*_base(graph), states, moments))
 
 
+def learning_block(graph: ModelGraph, batch: Batch) -> Moment:
+    """One block learns from some sequences, both models' hidden states on disk."""
+    tokens = max(1, STEP_TOKENS // batch.length) * batch.length
+    block = 4 * sum(spec.parameters for spec in graph.block(0))
+    saved = 4 * tokens * _saved(graph)
+    learned = Part("its gradients, the optimizer's moments and its numbers before", 4 * block)
+    return Moment("learning block by block", (*_base(graph), learned, Part("what it keeps for gradients", saved)))
+
+
 def running(graph: ModelGraph, streams: int, tokens: int, batch: Batch) -> Moment:
     """A batch runs through a block while hidden states of `streams` models wait."""
     states = Part(f"hidden states of {streams} models", 4 * streams * tokens * _hidden(graph)[1])
     return Moment("running a block", (*_base(graph), states, Part("a batch", working_set(graph, 0, batch))))
 
 
-def training(graph: ModelGraph, learning: int, batch: Batch) -> Moment:
-    """One sequence forward and back through the whole model, of which `learning` numbers learn."""
+def training(graph: ModelGraph, learning: int, batch: Batch, *, again: bool = False) -> Moment:
+    """One sequence forward and back through the whole model, of which `learning` numbers learn.
+
+    again  blocks keep what they see and compute the rest again for their gradients
+    """
     vocabulary, hidden = _hidden(graph)
-    inner = next(spec.shape[1] for spec in graph.block(0) if spec.part == "ffn.down")
-    saved = 4 * batch.length * graph.block_count * (SAVED_WIDTHS * hidden + SAVED_INNER * inner)
+    kept = graph.block_count * hidden + _saved(graph) if again else graph.block_count * _saved(graph)
+    saved = 4 * batch.length * kept
     parts = (
         Part("programs and libraries", BASE),
         Part("weights", 4 * graph.parameters),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -43,6 +44,7 @@ class Step(BaseModel):
 
     version  raised when equal options would give other tensors
     copies   how many times what it makes lies on disk while it works
+    unkeyed  options that say what becomes of the result, not how it is made: no part of what it is found by
     trains   whether the result is a model of its own rather than the source in other numbers
     """
 
@@ -51,6 +53,7 @@ class Step(BaseModel):
     version: ClassVar[int] = 1
     copies: ClassVar[int] = 1
     trains: ClassVar[bool] = False
+    unkeyed: ClassVar[frozenset[str]] = frozenset()
 
     use: str
     """Name of the step."""
@@ -59,6 +62,15 @@ class Step(BaseModel):
     def needs_corpus(self) -> bool:
         """Whether it learns from calibration text."""
         return False
+
+    @property
+    def open_amount(self) -> str | None:
+        """The option that asks for as much as the budget wants, if there is one."""
+        return None
+
+    def amounts(self, graph: ModelGraph) -> Sequence[Step]:
+        """The step with each number that its open amount could be, from the least that goes to the most."""
+        return ()
 
     @abstractmethod
     def preview(self, graph: ModelGraph) -> ModelGraph:

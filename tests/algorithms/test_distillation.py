@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llmpack.algorithms.distillation import likeliest, tail_kl
+from llmpack.algorithms.distillation import likeliest, relative_error, tail_kl
 
 
 def logits(tokens=6, vocabulary=11, seed=0):
@@ -52,3 +52,16 @@ def test_what_lies_in_the_tail_is_not_free():
 
 def test_more_tokens_than_there_are_is_all_of_them():
     assert likeliest(logits(), 99)[0].shape == (6, 11)
+
+
+def test_hidden_states_are_compared_relative_to_their_size():
+    student, teacher = logits(4, 5), 100 * logits(4, 5, seed=2)
+    teacher[3] = 0
+    expected = [
+        math.fsum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / math.fsum(b * b for b in y)
+        for x, y in zip(student[:3].tolist(), teacher[:3].tolist(), strict=True)
+    ]
+    found = relative_error(student[None], teacher[None].half())
+    assert found.shape == (1, 4)
+    assert found[0, :3].tolist() == pytest.approx(expected, rel=1e-2)
+    assert relative_error(student, teacher)[:3].tolist() == pytest.approx(expected, rel=1e-5)

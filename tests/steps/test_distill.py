@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,40 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import trial
+from trial import Listener, bench, made, random_corpus
 
 from llmpack.algorithms.divergence import kl_divergence
-from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import InputRejected, NumericalError, StepFailed
 from llmpack.models import open_model
 from llmpack.progress import QUIET
-from llmpack.steps import STEPS
-from llmpack.steps.step import Workbench
 
 QUICK = {"learning_rate": 3e-3, "batch": 2, "check": 4, "top": 16}
 
 
 def corpus_of(seed=1, count=32, length=32):
-    return Corpus.of(torch.randint(0, 512, (count, length), generator=torch.Generator().manual_seed(seed)))
+    return random_corpus(seed, count, length)
 
 
-def step(use="distill", **options):
-    options = {**QUICK, **options} if use == "distill" else options
-    return STEPS.load(use).model_validate_json(json.dumps({"use": use, **options}))
-
-
-class Listener:
-    task = staticmethod(QUIET.task)
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
-
-
-def bench(folder, source, corpus, progress=QUIET):
-    return Workbench(folder / "content", folder / "work", source, corpus, 0, 1, progress)
+def step(**options):
+    return made("distill", **{**QUICK, **options})
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +40,11 @@ def source(checkpoint_factory):
 def student(source, tmp_path_factory):
     """The source without a block."""
     folder = tmp_path_factory.mktemp("student")
-    return step("prune.depth", blocks=[1], heal="none").run(source, open_model(source), bench(folder, source, None))
+    return trial.run(made("prune.depth", blocks=[1], heal="none"), source, folder, None)
 
 
 def run(one, student, source, folder, corpus=None, progress=QUIET):
-    result = one.run(student, open_model(student), bench(folder, source, corpus or corpus_of(), progress))
-    assert open_model(result).tensors == open_model(student).tensors
-    return result
+    return trial.run(one, student, folder, corpus or corpus_of(), progress, source)
 
 
 def logits(checkpoint, tokens):
@@ -139,8 +120,9 @@ def test_too_little_text_is_refused(source, student, tmp_path):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    from steps.test_distill import bench, corpus_of, step
+    sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
+    from test_distill import corpus_of, step
+    from trial import bench
     from llmpack.checkpoint.checkpoint import Checkpoint
     from llmpack.models import open_model
 
@@ -166,7 +148,7 @@ KILLED = """
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(source, student, tmp_path):
     """Killed two steps after the last state that was saved."""
     expected = run(step(), student, source, tmp_path / "whole")
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), Path(__file__).parent.parent]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), Path(__file__).parent]
     command += [student.folder, source.folder, tmp_path / "killed"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr

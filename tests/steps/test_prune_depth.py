@@ -8,22 +8,22 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+import trial
+from trial import Listener, bench, made, note_of, random_corpus
 
 from llmpack.algorithms.divergence import kl_divergence
 from llmpack.calibration.ablation import without_each
 from llmpack.calibration.choice import by_angle, by_influence, cheapest_run, runs_of
-from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import RecipeError, StepFailed
 from llmpack.models import open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.progress import QUIET
-from llmpack.steps import STEPS
 from llmpack.steps.cutting import split
-from llmpack.steps.step import Workbench
 
 BLOCKS = 5
 
@@ -39,43 +39,15 @@ def graph(checkpoint):
 
 
 def corpus_of(seed=1, count=24, length=48):
-    return Corpus.of(torch.randint(0, 512, (count, length), generator=torch.Generator().manual_seed(seed)))
+    return random_corpus(seed, count, length)
 
 
 def step(**options):
-    return STEPS.load("prune.depth").model_validate_json(json.dumps({"use": "prune.depth", **options}))
-
-
-class Listener:
-    """Progress that remembers what was said."""
-
-    task = staticmethod(QUIET.task)
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
-
-
-def bench(folder, source, corpus, progress=QUIET):
-    return Workbench(folder / "content", folder / "work", source, corpus, 0, 1, progress)
+    return made("prune.depth", **options)
 
 
 def run(one, checkpoint, folder, corpus=None, progress=QUIET):
-    graph = open_model(checkpoint)
-    result = one.run(checkpoint, graph, bench(folder, checkpoint, corpus or corpus_of(), progress))
-    assert open_model(result).tensors == one.preview(graph).tensors
-    assert dict(result.config) == dict(one.preview(graph).config)
-    return result
-
-
-def note_of(result):
-    for line in (result.folder / "llmpack-journal.jsonl").read_text().splitlines():
-        entry = json.loads(line.partition(" ")[2])
-        if entry.get("shard") == "outside":
-            return entry["note"]
-    raise AssertionError("no shard `outside`")
+    return trial.run(one, checkpoint, folder, corpus or corpus_of(), progress)
 
 
 def hidden_without(checkpoint, dropped, tokens):
@@ -256,7 +228,7 @@ def test_patterns_of_windows(checkpoint_factory, tmp_path):
 
 
 def test_codes_are_not_pruned(checkpoint, graph, tmp_path):
-    quantize = STEPS.load("quantize.rtn").model_validate({"use": "quantize.rtn", "importance": False})
+    quantize = made("quantize.rtn", importance=False)
     with pytest.raises(RecipeError, match="prune first and quantize after it"):
         step(drop=1).preview(quantize.preview(graph))
 
@@ -276,8 +248,9 @@ def test_runs_of_neighbours():
 KILLED = """
     import json, os, signal, sys
     from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    from steps.test_prune_depth import bench, corpus_of, step
+    sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
+    from test_prune_depth import corpus_of, step
+    from trial import bench
     from llmpack.checkpoint.checkpoint import Checkpoint
     from llmpack.models import open_model
 
@@ -295,10 +268,8 @@ KILLED = """
 
 @pytest.mark.parametrize("moment", ["go"])
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(moment, checkpoint, tmp_path):
-    from pathlib import Path
-
     expected = run(step(drop=2), checkpoint, tmp_path / "whole")
-    tests = Path(__file__).parent.parent
+    tests = Path(__file__).parent
     command = [sys.executable, "-c", textwrap.dedent(KILLED), tests, checkpoint.folder, tmp_path / "killed", moment]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,17 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trial
 from family_zoo import CONFIGS
+from trial import Listener, made, note_of, random_corpus
 
 from llmpack.algorithms.divergence import kl_divergence
-from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import RecipeError
 from llmpack.models import family_of, open_model
 from llmpack.progress import QUIET
-from llmpack.steps import STEPS
 from llmpack.steps.cutting import split
-from llmpack.steps.step import Workbench
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +36,19 @@ def graph(checkpoint):
 
 
 def corpus_of(seed=1, count=64, length=48):
-    return Corpus.of(torch.randint(0, 512, (count, length), generator=torch.Generator().manual_seed(seed)))
+    return random_corpus(seed, count, length)
 
 
 def step(**options):
-    options = {"multiple_of": 32, **options}
-    return STEPS.load("prune.width").model_validate_json(json.dumps({"use": "prune.width", **options}))
-
-
-class Listener:
-    task = staticmethod(QUIET.task)
-
-    def __init__(self):
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
-
-
-def bench(folder, source, corpus, progress=QUIET):
-    return Workbench(folder / "content", folder / "work", source, corpus, 0, 1, progress)
+    return made("prune.width", **{"multiple_of": 32, **options})
 
 
 def run(one, checkpoint, folder, corpus=None, progress=QUIET):
-    graph = open_model(checkpoint)
-    result = one.run(checkpoint, graph, bench(folder, checkpoint, corpus or corpus_of(), progress))
-    assert open_model(result).tensors == one.preview(graph).tensors
-    assert dict(result.config) == dict(one.preview(graph).config)
-    return result
+    return trial.run(one, checkpoint, folder, corpus or corpus_of(), progress)
+
+
+def gate_of(result):
+    return note_of(result)["gate"]
 
 
 def whole(folder, dtype=torch.float64):
@@ -82,14 +65,6 @@ def divergence(one, other, tokens):
     with torch.no_grad():
         logits = [whole(each.folder)(tokens, use_cache=False).logits.flatten(0, 1) for each in (one, other)]
     return float(kl_divergence(*logits).mean())
-
-
-def gate_of(result):
-    for line in (result.folder / "llmpack-journal.jsonl").read_text().splitlines():
-        entry = json.loads(line.partition(" ")[2])
-        if entry.get("shard") == "outside":
-            return entry["note"]["gate"]
-    raise AssertionError("no shard `outside`")
 
 
 @pytest.mark.parametrize(("option", "amount"), [("ffn", 0.25), ("heads", 1), ("hidden", 32)])
@@ -239,8 +214,9 @@ KILLED = """
     import os, signal, sys
     from contextlib import contextmanager
     from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    from steps.test_prune_width import bench, corpus_of, step
+    sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent)]
+    from test_prune_width import corpus_of, step
+    from trial import bench
     from llmpack.checkpoint.checkpoint import Checkpoint
     from llmpack.models import open_model
 
@@ -268,7 +244,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(checkpoint, tmp_path):
         sys.executable,
         "-c",
         textwrap.dedent(KILLED),
-        Path(__file__).parent.parent,
+        Path(__file__).parent,
         checkpoint.folder,
         killed,
         2,

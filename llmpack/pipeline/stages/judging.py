@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from llmpack.errors import BudgetMissed
 from llmpack.formats.bundle import copy_licences
@@ -67,12 +68,17 @@ def _judged(build: Build, usage: int, made_at: str) -> Observed:
     return Observed(
         made_at=made_at,
         findings=findings,
-        reports={**build.reports, **({"choices": choices} if choices else {})},
+        reports={**build.reports, **({"choices": choices} if choices else {}), **_alternative(build)},
         estimate=planned.estimate.to_json(),
         verdict=verdicts[0],
         others=verdicts[1:],
         notes=_notes(build, verdicts),
     )
+
+
+def _alternative(build: Build) -> dict[str, Any]:
+    found = build.plan.alternative
+    return {} if found is None else {"alternative": found.document()}
 
 
 def _notes(build: Build, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
@@ -85,6 +91,8 @@ def _notes(build: Build, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     guessed = [verdict.device for verdict in verdicts if verdict.on_estimates]
     if guessed:
         notes.append(f"some limits pass on an estimate alone: nothing was measured on {', '.join(guessed)}")
+    if build.plan.alternative is not None:
+        notes.append(build.plan.alternative.words())
     for choice in build.plan.choices:
         notes.append(
             f"encodings were chosen by predicted KL divergence: {choice.predicted:.4g} for this mix, "

@@ -11,11 +11,11 @@ from llmpack.pipeline.state import Build
 
 def open_source(build: Build) -> Build:
     """Fill in `origin`, `calibration` and `evaluation`. Raises RecipeError, EnvironmentProblem or InputRejected."""
-    recipe, document = build.recipe, build.document
-    origin = open_origin(recipe, document, build.cache, offline=build.order.offline)
+    recipe, document, order = build.recipe, build.document, build.order
+    origin = open_origin(recipe, document, build.cache, offline=order.offline)
 
     def text(name: str) -> Text | None:
         section = getattr(recipe, name)
-        return None if section is None else Text(name, section, document, origin.checkpoint)
+        return None if section is None else Text(name, section, document, origin.checkpoint, order.offline)
 
     return replace(build, origin=origin, calibration=text("calibration"), evaluation=text("evaluation"))

@@ -10,8 +10,9 @@ from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import BudgetMissed, StepFailed
 from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
+from llmpack.pipeline.alternative import DIVERGENCE, compared_after, divergence_facts, judged, source_scores
 from llmpack.pipeline.cache import Slot
-from llmpack.pipeline.chain import STEP, PlannedStep
+from llmpack.pipeline.chain import STEP, Known, PlannedStep
 from llmpack.pipeline.choosing import Choice
 from llmpack.pipeline.host_memory import require_free_memory
 from llmpack.pipeline.keys import step_facts
@@ -46,6 +47,9 @@ def run(build: Build) -> Build:
         checkpoint, record = _made(build, build.plan.steps[index], before, f"step {index}")
         digest, graph = checkpoint.digest, build.plan.steps[index].graph
         records.append(record)
+        if index in compared_after(build.plan.steps):
+            start = _Before(build.origin.checkpoint, build.origin.graph, source, source, corpus)
+            build = _weighed(build, start, checkpoint)
     return replace(build, source=source, corpora=corpus.digests, checkpoint=checkpoint, steps=tuple(records))
 
 
@@ -88,6 +92,44 @@ def _made(build: Build, planned: PlannedStep, before: _Before, name: str) -> tup
         return checkpoint, StepRecord(planned.step.use, slot.key, facts, checkpoint.digest, cached, found)
 
 
+def _weighed(build: Build, start: _Before, made: Checkpoint) -> Build:
+    """The build planned again, once what was pruned is compared with the whole model in as many bytes.
+
+    start  the source
+
+    Raises StepFailed where pruning loses and the recipe wants to stop then.
+    """
+    found = build.plan.alternative
+    if found is None or not found.possible:
+        return build
+    known = Known(start.digest, start.corpus.digest, seed_of(build.recipe), build.plan.threads)
+    if found.predicted is None:
+        facts = source_scores(build.recipe, start.graph, known)
+        assert facts is not None  # steps that prune in order to be healed read the text
+        gather_scores(build.cache, facts, start.checkpoint, start.graph, start.corpus.corpus, build.recipe.build.memory)
+    facts = divergence_facts(made.digest, known)
+    if found.predicted is None or build.cache.find(DIVERGENCE, facts) is None:
+        tokens = judged(start.corpus.corpus().tokens)
+        build.cache.remember(DIVERGENCE, facts, {"kl": _divergence(build, start.checkpoint, made, tokens)})
+        build = plan(build)
+        found = build.plan.alternative
+        assert found is not None
+        build.progress.say(found.words())
+    if found.dominates and found.stop:
+        raise StepFailed(
+            f'{found.words()}; on_dominated = "stop" stops here. Take the pruning steps out and use quantize.auto with '
+            f'target = "{found.nbytes} B", or set on_dominated = "say"'
+        )
+    return build
+
+
+def _divergence(build: Build, before: Checkpoint, after: Checkpoint, tokens: Tensor) -> float:
+    from llmpack.calibration.probing import divergence
+
+    with capped_memory(build.recipe.build.memory), compute_threads(build.plan.threads):
+        return divergence(before, after, (open_model(before), open_model(after)), tokens, build.progress)
+
+
 def _choose(build: Build, index: int, before: _Before) -> Build:
     """The build planned again, once everything from which a step chooses is in the cache."""
     step = build.recipe.step[index]
@@ -114,17 +156,13 @@ def _choose(build: Build, index: int, before: _Before) -> Build:
 
 def _compare(build: Build, mixes: list[Choice], facts: dict[str, Any], before: _Before) -> None:
     """Build mixes, each a step of its own in the cache, and remember which is best."""
-    from llmpack.calibration.probing import divergence
-
     tokens = before.corpus.unseen(TOKENS)
 
     def build_mix(choice: Choice) -> Checkpoint:
         return _made(build, PlannedStep(choice.step, choice.graph, "to do", None), before, "mix of")[0]
 
     def measure(made: Checkpoint) -> float:
-        with capped_memory(build.recipe.build.memory), compute_threads(build.plan.threads):
-            graphs = (before.graph, open_model(made))
-            return divergence(before.checkpoint, made, graphs, tokens, build.progress)
+        return _divergence(build, before.checkpoint, made, tokens)
 
     compare(mixes, facts, build.cache, build_mix, measure)
 
