@@ -35,6 +35,14 @@ class BlockwiseEncoding(GridEncoding):
     steps: ClassVar[Steps]
     reach: ClassVar[int]
 
+    def group_in(self, columns: int) -> int:
+        """Columns that share a scale in rows of that length."""
+        return self.group
+
+    def block_in(self, columns: int) -> int:
+        """Columns of a block in rows of that length."""
+        return self.block
+
     @abstractmethod
     def fit_rows(self, x: Tensor, w: Tensor, rows: int) -> ScaleGrid:
         """The grid of a few rows: numbers and weights upright, [group, rows * groups]."""
@@ -89,7 +97,7 @@ class BlockwiseEncoding(GridEncoding):
         own = self._own(codes, grid)
         values, hessian = tiles.matrix(W, self.name), H.to(torch.float32)
         rows, columns = values.shape
-        parameters = columns // self.group * (1 if own.offsets is None else 2)
+        parameters = columns // own.group * (1 if own.offsets is None else 2)
         parts = []
         for run in tiles.runs(rows, max(columns, parameters**2), tiles.SLAB):
             parts.append(self._refit(codes[run], own.select_rows(run), values[run], hessian))
@@ -100,34 +108,39 @@ class BlockwiseEncoding(GridEncoding):
         own = self._own(codes, grid)
         if not 0 <= int(codes.min()) <= int(codes.max()) < self.steps.codes:
             raise ValueError(f"{self.name} has codes 0 .. {self.steps.codes - 1}")
-        plain = codes.to(torch.uint8).cpu().contiguous().numpy().reshape(-1, self.block)
+        plain = codes.to(torch.uint8).cpu().contiguous().numpy().reshape(-1, self.block_in(grid.columns))
         return self.pack_blocks(plain, own).reshape(grid.rows, self.row_bytes(grid.columns))
 
     def unpack(self, packed: np.ndarray, columns: int) -> tuple[Tensor, Grid]:
         """Exact inverse of `pack`: codes [rows, columns] int32 and the grid."""
         rows = tiles.packed_matrix(packed, self, columns)
-        blocks = np.ascontiguousarray(rows).reshape(-1, self.block_bytes)
+        blocks = np.ascontiguousarray(rows).reshape(rows.shape[0] * (columns // self.block_in(columns)), -1)
         codes, grid = self.unpack_blocks(blocks, rows.shape[0])
         return torch.from_numpy(codes.reshape(rows.shape[0], columns)).to(torch.int32), grid
 
+    def owns(self, grid: ScaleGrid) -> bool:
+        """Whether it stores codes on a grid of that kind."""
+        return grid.steps == self.steps and grid.group == self.group_in(grid.columns)
+
     def _own(self, codes: Tensor, grid: Grid) -> ScaleGrid:
-        if not isinstance(grid, ScaleGrid) or grid.steps != self.steps or grid.group != self.group:
+        if not isinstance(grid, ScaleGrid) or not self.owns(grid):
             raise ValueError(f"the grid was not fitted for {self.name}")
         if codes.shape != (grid.rows, grid.columns):
             raise ValueError(f"codes {list(codes.shape)} on a grid of {grid.rows} x {grid.columns}")
         return grid
 
     def _fit(self, W: Tensor, weights: Tensor | None) -> ScaleGrid:
-        parts = []
-        for run in tiles.runs(W.shape[0], W.shape[1], tiles.TILE):
-            x = tiles.upright(W[run], self.group)
-            parts.append(self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run])))
+        parts, columns = [], W.shape[1]
+        group, block = self.group_in(columns), self.block_in(columns)
+        for run in tiles.runs(W.shape[0], columns, tiles.TILE):
+            x = tiles.upright(W[run], group)
+            parts.append(self.fit_rows(x, tiles.upright_weights(weights, W[run], group, block), len(W[run])))
         return stacked(parts)
 
     def _refit(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> ScaleGrid:
         before = grid.levels().decode(codes)
         parameters = grid.scales if grid.offsets is None else torch.cat([grid.scales, grid.offsets], dim=1)
-        descent = Descent(grid.multiples(codes), W - before, H, self.group, parameters)
+        descent = Descent(grid.multiples(codes), W - before, H, grid.group, parameters)
         moved = self.refit_rows(grid, descent)
         step = moved.levels().decode(codes) - before
         growth = ((step @ H) * (step - 2 * (W - before))).sum(1)  # of the error, without the rest cancelling
@@ -140,6 +153,10 @@ class BlockEncoding(BlockwiseEncoding):
     block = 32
     group = 32
     has_minimum: ClassVar[bool] = False
+
+    def owns(self, grid: ScaleGrid) -> bool:
+        """Whether it stores codes on a grid of that kind."""
+        return super().owns(grid) and isinstance(grid, BlockGrid) and (grid.m is not None) == self.has_minimum
 
     @abstractmethod
     def pack_codes(self, codes: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from llmpack.encodings import ENCODINGS
+from llmpack.encodings.names import INT_NAMES
 from llmpack.errors import Problem, RecipeError
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.registry import suggestion
@@ -166,7 +167,7 @@ def _problem(text: str, name: str, specs: list[TensorSpec]) -> Problem:
     more = f" and {len(specs) - 3} more" if len(specs) > 3 else ""
     cure = ""
     if ENCODINGS.load(name)().problem(specs[0].shape[-1]) == text:
-        fitting = _fitting(specs[0].shape[-1])
+        fitting = _fitting(specs[0].shape[-1], name in INT_NAMES)
         parts = sorted({spec.part for spec in specs})
         cure = (
             f"; choose one that fits ({', '.join(fitting)}) for {', '.join(parts)},"
@@ -175,8 +176,10 @@ def _problem(text: str, name: str, specs: list[TensorSpec]) -> Problem:
     return Problem(f"{named}{more}: {text}{cure}", "encoding")
 
 
-def _fitting(columns: int) -> list[str]:
-    return [name for name, kind in ENCODINGS.items() if name not in FLOATS and kind().problem(columns) is None]
+def _fitting(columns: int, ints: bool) -> list[str]:
+    """Encodings of the same kind, of GGUF's types or of int groups, for rows of that length."""
+    names = [name for name in ENCODINGS if name not in FLOATS and (name in INT_NAMES) == ints]
+    return [name for name in names if ENCODINGS.load(name)().problem(columns) is None]
 
 
 def options_of(step: Quantize) -> Mapping[str, str]:
