@@ -11,9 +11,7 @@ INT_BITS = (2, 3, 4, 8)
 INT_GROUPS = {"g32": 32, "g64": 64, "g128": 128, "row": -1}
 """Columns per group by word; -1 is a whole row, as in quantize_config.json."""
 
-INT_NAMES = tuple(
-    f"int{bits}_{group}{zeros}" for bits in INT_BITS for group in INT_GROUPS for zeros in ("", "_asym")
-)
+INT_NAMES = tuple(f"int{bits}_{group}{zeros}" for bits in INT_BITS for group in INT_GROUPS for zeros in ("", "_asym"))
 
 
 def int_options(name: str) -> tuple[int, int, bool]:

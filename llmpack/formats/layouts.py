@@ -64,6 +64,10 @@ class Layout(ABC):
             return None
         return f"it holds {', '.join(FLOATS)}, not {spec.encoding}; leave out the step that quantizes, or write GGUF"
 
+    def graph_problem(self, graph: ModelGraph) -> str | None:
+        """Why tensors that can each be written do not go together, with the cure; None if they do."""
+        return None
+
     def require(self) -> None:
         """Raises MissingExtra for a package that writing needs and that is not installed."""
         return
@@ -104,6 +108,7 @@ LAYOUTS: Table[type[Layout]] = Table(
     "layout",
     {
         "plain": "llmpack.formats.layout_plain:Plain",
+        "gptq": "llmpack.formats.layout_gptq:Gptq",
     },
     group="llmpack.layouts",
 )

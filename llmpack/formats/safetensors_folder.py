@@ -55,6 +55,8 @@ class SafetensorsFormat:
         if groups:
             told = [f"{', '.join(names[:3])}{_more(names)}: {problem}" for problem, names in groups.items()]
             raise StepFailed(f'layout = "{self.layout.name}" cannot hold {"; ".join(told)}')
+        if (problem := self.layout.graph_problem(graph)) is not None:
+            raise StepFailed(f'layout = "{self.layout.name}": {problem}')
         floats = self.layout.floats
         return graph.with_encodings(lambda spec: floats if spec.encoding in TORCH_NAMES else spec.encoding)
 
