@@ -24,8 +24,9 @@ import psutil
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.digest import sha256_file
 from llmpack.progress import QUIET, Progress
-from llmpack.runtime.llama import Build, LlamaRuntime, Opened
+from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.meter import Memory
+from llmpack.runtime.runtime import Build, Opened
 from llmpack.runtime.settings import RuntimeSettings, pinned_cpus
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
@@ -135,7 +136,7 @@ class Measurement:
                 "context": self.context,
                 "effective": held,
             },
-            build={"llama.cpp": self.build.commit, "ggml": self.build.version},
+            build=dict(self.build.versions),
         )
 
     def findings(self) -> list[Finding]:
