@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmpack.checkpoint.safetensors_header import DTYPE_BYTES
+from llmpack.errors import Problem
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.registry import Table
 
@@ -64,6 +65,10 @@ class Layout(ABC):
             return None
         return f"it holds {', '.join(FLOATS)}, not {spec.encoding}; leave out the step that quantizes, or write GGUF"
 
+    def option_problems(self, graph: ModelGraph) -> list[Problem]:
+        """What is wrong with the options of the layout for this model; `path` names the option in ``[bundle]``."""
+        return []
+
     def require(self) -> None:
         """Raises MissingExtra for a package that writing needs and that is not installed."""
         return
@@ -104,6 +109,8 @@ LAYOUTS: Table[type[Layout]] = Table(
     "layout",
     {
         "plain": "llmpack.formats.layout_plain:Plain",
+        "bnb-nf4": "llmpack.formats.layout_bnb:BnbNf4",
+        "bnb-fp4": "llmpack.formats.layout_bnb:BnbFp4",
     },
     group="llmpack.layouts",
 )
