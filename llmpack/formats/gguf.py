@@ -101,6 +101,14 @@ class GgufFormat:
             return self.floats
         return spec.encoding
 
+    def totals(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
+        """Tensors and bytes in the file, by encoding."""
+        found: dict[str, tuple[int, int]] = {}
+        for spec in self.encode_graph(graph).tensors:
+            count, nbytes = found.get(spec.encoding, (0, 0))
+            found[spec.encoding] = (count + 1, nbytes + spec.nbytes)
+        return found
+
     def container(self, graph: ModelGraph, checkpoint: Checkpoint, facts: Facts) -> Container:
         """Everything of the file but its rows; reads the checkpoint's tokenizer files and no tensor.
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmpack.checkpoint.safetensors_header import DTYPE_BYTES
+from llmpack.errors import Problem
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.registry import Table
 
@@ -68,6 +69,10 @@ class Layout(ABC):
         """Why tensors that can each be written do not go together, with the cure; None if they do."""
         return None
 
+    def option_problems(self, graph: ModelGraph) -> list[Problem]:
+        """What is wrong with the options of the layout for this model; `path` names the option in ``[bundle]``."""
+        return []
+
     def require(self) -> None:
         """Raises MissingExtra for a package that writing needs and that is not installed."""
         return
@@ -109,6 +114,9 @@ LAYOUTS: Table[type[Layout]] = Table(
     {
         "plain": "llmpack.formats.layout_plain:Plain",
         "gptq": "llmpack.formats.layout_gptq:Gptq",
+
+        "bnb-nf4": "llmpack.formats.layout_bnb:BnbNf4",
+        "bnb-fp4": "llmpack.formats.layout_bnb:BnbFp4",
     },
     group="llmpack.layouts",
 )

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmpack.checkpoint.atomic import copy_atomic, disk_errors, require_space, write_atomic
 from llmpack.errors import StepFailed
+from llmpack.formats.bundle import CONFIG
 from llmpack.formats.facts import Facts
 from llmpack.formats.layouts import TORCH_NAMES, Layout
 from llmpack.formats.shards import INDEX, Shard, index_text, shards_of, write_shard
@@ -26,7 +27,6 @@ from llmpack.progress import QUIET, Progress
 if TYPE_CHECKING:
     from llmpack.checkpoint.checkpoint import Checkpoint
 
-CONFIG = "config.json"
 SHARD_BYTES = 5 * 10**9
 """Data of one file at most, where nothing else is asked: what transformers takes too."""
 
@@ -42,6 +42,11 @@ class SafetensorsFormat:
 
     layout: Layout
     shard: int = SHARD_BYTES
+
+    @property
+    def floats(self) -> str:
+        """Encoding of what is stored as numbers."""
+        return self.layout.floats
 
     def encode_graph(self, graph: ModelGraph) -> ModelGraph:
         """The graph with the floats that the folder holds; codes stay. Twice changes nothing.

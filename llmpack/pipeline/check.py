@@ -158,10 +158,11 @@ def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device)
     if not _same_run(finding, terms) or finding.evidence.device != chosen.fingerprint:
         return False
     from llmpack.pipeline.keys import installed
+    from llmpack.runtime.runners import runtime_for
 
-    runtime = installed("llama-cpp-python")
-    made_with = packed.manifest.made["versions"].get("llama-cpp-python") if packed.manifest else None
-    return not is_this_machine(chosen) or runtime is None or runtime == made_with
+    made_with = packed.manifest.made["versions"] if packed.manifest else {}
+    now = {name: installed(name) for name in runtime_for(packed.model.path).packages}
+    return not is_this_machine(chosen) or all(v is None or v == made_with.get(name) for name, v in now.items())
 
 
 def _same_settings(finding: Finding, terms: Terms, names: Sequence[str]) -> bool:

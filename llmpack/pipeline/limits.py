@@ -16,6 +16,7 @@ from llmpack.formats.facts import Facts
 from llmpack.formats.gguf import GgufFormat
 from llmpack.formats.gguf_container import ALIGNMENT, padded
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.pipeline.output import ModelFormat
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.steps.quantize_auto import Target
 from llmpack.target.budget import Budget
@@ -33,14 +34,16 @@ PICO = 1e12
 
 
 class FileSize:
-    """Exact bytes of a model file. Its head is as long whatever the encodings are, so it is made once for a model."""
+    """Exact bytes of a model. The head of a GGUF file is as long whatever the encodings are: it is made once."""
 
-    def __init__(self, file_format: GgufFormat, checkpoint: Checkpoint, facts: Callable[[ModelGraph], Facts]) -> None:
+    def __init__(self, file_format: ModelFormat, checkpoint: Checkpoint, facts: Callable[[ModelGraph], Facts]) -> None:
         self._format, self._checkpoint, self._facts = file_format, checkpoint, facts
         self._known: tuple[ModelGraph, int] | None = None
 
     def __call__(self, graph: ModelGraph) -> int:
-        """Bytes of the file of a graph."""
+        """Bytes of the file, or the files, of a graph."""
+        if not isinstance(self._format, GgufFormat):
+            return self._format.nbytes(graph, self._checkpoint, self._facts(graph))
         rows = sum(padded(spec.nbytes) for spec in self._format.encode_graph(graph).tensors)
         if self._known is None or self._known[0].config is not graph.config:
             self._known = (graph, self._format.nbytes(graph, self._checkpoint, self._facts(graph)) - rows)
@@ -58,7 +61,7 @@ class Setting:
     budget: Budget
     runtime: RuntimeSettings
     devices: tuple[Device, ...]
-    file_format: GgufFormat
+    file_format: ModelFormat
     size: FileSize
     small: int
 

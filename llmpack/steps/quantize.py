@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -13,6 +11,7 @@ from llmpack.encodings import ENCODINGS
 from llmpack.encodings.names import INT_NAMES
 from llmpack.errors import Problem, RecipeError
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.models.selection import Selection
 from llmpack.registry import suggestion
 from llmpack.steps.step import Step
 
@@ -27,37 +26,6 @@ def _known_encoding(name: str) -> str:
 
 EncodingName = Annotated[str, AfterValidator(_known_encoding)]
 """Name of an encoding, as `llmpack list encodings` shows them."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which tensors an exception means: ``ffn.down`` in all blocks, or ``ffn.down@0-3,29`` in some."""
-
-    text: str
-    part: str
-    blocks: tuple[tuple[int, int], ...]
-
-    def __contains__(self, spec: TensorSpec) -> bool:
-        block = -1 if spec.block is None else spec.block
-        return spec.part == self.part and (not self.blocks or any(a <= block <= b for a, b in self.blocks))
-
-    @classmethod
-    def parse(cls, text: str) -> Selection:
-        """Read ``part`` or ``part@first-last,block``. Raises ValueError for anything else."""
-        part, at, ranges = text.partition("@")
-        if not at:
-            return cls(text, part, ())
-        blocks = []
-        for piece in ranges.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
-            if match is None:
-                raise ValueError(f'`{text}` is no selection; write a part and blocks like "ffn.down@0-3,29"')
-            first = int(match[1])
-            last = first if match[2] is None else int(match[2])
-            if last < first:
-                raise ValueError(f"`{text}`: blocks {first}-{last} run backwards")
-            blocks.append((first, last))
-        return cls(text, part, tuple(blocks))
 
 
 def _readable(exceptions: dict[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import tiny_gguf
 
 from llmpack.errors import RuntimeFailed
 from llmpack.process import Child, Limits
+from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.meter import Watch
 from llmpack.runtime.settings import RuntimeSettings, pinned_cpus, usable_cores
 from llmpack.target.budget import Budget, judge
@@ -98,7 +99,7 @@ def test_a_failure_for_another_reason_stays_one(path):
 
 def test_what_llama_cpp_reserves_is_known(path, settings):
     outline = replace(outline_of(path), vocab=CONFIG["vocab_size"])
-    with held(None, (), outline, settings, CONTEXT) as run:
+    with held(LlamaRuntime, None, (), None) as run:
         opened = run.runtime.open(path, settings, CONTEXT)
     assert run.means == ""
     assert opened.buffers["compute.CPU"] == pytest.approx(reserved_bytes(outline, settings, CONTEXT), rel=0.1)
