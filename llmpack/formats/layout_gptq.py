@@ -13,6 +13,7 @@ told by name: transformers, optimum and vLLM by ``modules_in_block_to_quantize``
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from llmpack.encodings import encoding
 from llmpack.encodings.encoding import GridEncoding
 from llmpack.encodings.names import INT_NAMES, int_options
 from llmpack.encodings.tiles import SLAB, runs
-from llmpack.errors import StepFailed
+from llmpack.errors import MissingExtra, StepFailed
 from llmpack.formats.gptq_words import RUN, dequantize, pack_words, pack_zeros
 from llmpack.formats.layout_plain import float_entry, float_pieces
 from llmpack.formats.layouts import FLOATS, Entry, Layout
@@ -71,6 +72,12 @@ class Gptq(Layout):
         if len(kinds) > 1:
             return f"all int groups are of one kind, not {', '.join(kinds)}; write one, and f16 for the exceptions"
         return None
+
+    def require_loader(self) -> None:
+        """GPTQModel runs it in transformers, and optimum puts it there."""
+        for package in ("gptqmodel", "optimum"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtra(package, "gptq")
 
     def stored_as(self, spec: TensorSpec) -> str:
         """The encoding of int groups, or the floats."""

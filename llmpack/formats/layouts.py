@@ -77,6 +77,10 @@ class Layout(ABC):
         """Raises MissingExtra for a package that writing needs and that is not installed."""
         return
 
+    def require_loader(self) -> None:
+        """Raises MissingExtra for a package that reading back needs and that is not installed."""
+        return
+
     def stored_as(self, spec: TensorSpec) -> str:
         """What tables of encodings call the tensor as it is written."""
         return self.floats
@@ -113,10 +117,9 @@ LAYOUTS: Table[type[Layout]] = Table(
     "layout",
     {
         "plain": "llmpack.formats.layout_plain:Plain",
-        "gptq": "llmpack.formats.layout_gptq:Gptq",
-
         "bnb-nf4": "llmpack.formats.layout_bnb:BnbNf4",
         "bnb-fp4": "llmpack.formats.layout_bnb:BnbFp4",
+        "gptq": "llmpack.formats.layout_gptq:Gptq",
     },
     group="llmpack.layouts",
 )

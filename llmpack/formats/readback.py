@@ -17,7 +17,7 @@ import numpy as np
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import InputRejected, Problem, RuntimeFailed, VerificationFailed
 from llmpack.formats.facts import Facts
-from llmpack.formats.gguf import GgufFormat, file_rows
+from llmpack.formats.gguf import GgufFormat, file_rows, rounded_minima
 from llmpack.formats.gguf_container import Container, Value, ValueType
 from llmpack.formats.probes import CONVERSATIONS, TEXTS, special_texts
 from llmpack.formats.reference_tokenizer import CheckpointTokenizer, ReferenceTokenizer, TemplateRefusedError
@@ -82,6 +82,10 @@ def read_back(
     problems = [Problem(p.message, p.path, str(path)) for p in (*text_problems, *render_problems)]
     if problems:
         raise VerificationFailed(problems)
+    count, share = rounded_minima(checkpoint, file_format.encode_graph(graph))
+    if count:
+        changed = f"{count} matrices of int groups were written as blocks with their minima rounded to float16"
+        notes = (*notes, f"{changed}: a relative change of {share:.2g}")
     return ReadBack(len(container.tensors), container.nbytes, texts, rendered, notes)
 
 

@@ -77,12 +77,13 @@ def output_problems(recipe: Recipe, document: TomlDocument) -> list[Problem]:
 
 
 def require_layout(form: ModelFormat, graph: ModelGraph, document: TomlDocument) -> None:
-    """Raises RecipeError for options that mean nothing in this model, MissingExtra for what writing needs."""
+    """Raises RecipeError for options that mean nothing in this model, MissingExtra for what the bundle needs."""
     if isinstance(form, SafetensorsFormat):
         problems = form.layout.option_problems(graph)
         if problems:
             raise RecipeError([document.problem(("bundle", problem.path), problem.message) for problem in problems])
         form.layout.require()
+        form.layout.require_loader()
 
 
 def outline_of(form: ModelFormat, graph: ModelGraph) -> Outline:

@@ -86,15 +86,3 @@ def test_a_zero_of_its_own_loses_nothing(pair, kind):
         for name in pair
     ]
     assert errors[1] < errors[0] * (0.8 if kind == "shifted" else 1.02)
-
-
-def test_symmetric_groups_of_32_are_blocks_of_gguf():
-    W, importance = oracle.numbers((5, 128)), oracle.importance_of(128)
-    for ours, block in (("int4_g32", "q4_0"), ("int8_g32", "q8_0")):
-        codes, grid = encoding(ours).unpack(encoding(ours).encode(W, importance), 128)
-        packed = encoding(block).pack(codes, grid)
-        values = torch.from_numpy(oracle.dequantize(block, packed))
-        assert torch.equal(values, grid.levels().decode(codes))
-        np.testing.assert_array_equal(packed, encoding(block).encode(W, importance))
-    with pytest.raises(ValueError, match="not fitted for q4_1"):
-        encoding("q4_1").pack(*encoding("int4_g32_asym").unpack(encoding("int4_g32_asym").encode(W), 128))
