@@ -1,0 +1,9 @@
+"""GPTQModel's own loader on the CPU."""
+
+from answers import main
+from gptqmodel import BACKEND, GPTQModel
+
+main(
+    lambda folder: GPTQModel.load(folder, device="cpu", backend=BACKEND.TORCH).model,
+    ("gptqmodel", "transformers", "torch"),
+)
