@@ -67,6 +67,7 @@ class Card:
     def _front_matter(self) -> str:
         facts = self.facts
         repositories = [_repository(model) for model in facts.base_models or ()]
+        kind, library = ("gguf", "gguf") if self.layout is None else ("safetensors", "transformers")
         data = huggingface_hub.ModelCardData(
             license=facts.license,
             license_name=facts.license_name,
@@ -74,8 +75,10 @@ class Card:
             language=list(facts.languages) or None,
             base_model=[name for name in repositories if name] or None,
             base_model_relation=self.relation if any(repositories) else None,
-            library_name="gguf" if self.layout is None else "transformers",
-            tags=list(dict.fromkeys(("gguf" if self.layout is None else "safetensors", "llmpack", *facts.tags))),
+            library_name=library,
+            tags=list(
+                dict.fromkeys((kind, "llmpack", *(tag for tag in facts.tags if tag not in ("gguf", "safetensors"))))
+            ),
             quantized_by=f"llmpack {__version__}",
             ignore_metadata_errors=True,
         )

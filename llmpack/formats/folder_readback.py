@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmpack.checkpoint.safetensors_header import read_header
 from llmpack.digest import sha256_file
 from llmpack.errors import InputRejected, Problem, RuntimeFailed, VerificationFailed
-from llmpack.formats.readback import CONTEXT, SILENCE_SECONDS, ReadBack, compare_conversations, compare_texts
+from llmpack.formats.readback import CONTEXT, ReadBack, compare_conversations, compare_texts
 from llmpack.formats.reference_tokenizer import CheckpointTokenizer
 from llmpack.formats.safetensors_folder import SafetensorsFormat
 from llmpack.formats.shards import Shard
@@ -41,7 +41,7 @@ def read_folder_back(
     if problems:
         raise VerificationFailed(problems)
     context = min(CONTEXT, int(graph.config.get("max_position_embeddings", CONTEXT)))
-    with TransformersRuntime(silence=SILENCE_SECONDS) as runtime:
+    with TransformersRuntime() as runtime:
         try:
             runtime.open(folder, settings, context)
         except RuntimeFailed as failure:

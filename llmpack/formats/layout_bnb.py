@@ -51,6 +51,8 @@ LONGEST_NUMBER = 24
 """Letters of a float64 in JSON at most."""
 SLAB = 1 << 20
 """Numbers rounded at once, about: 20 MB of working memory."""
+SLAB_DECODED = 1 << 20
+"""Numbers decoded at once: a whole number of blocks, and of bytes."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,14 @@ class _Bnb(Layout):
             state = json.loads(bytes(read(f"{spec.name}.quant_state.bitsandbytes__{self.kind}").numpy()))
             scales = read(f"{spec.name}.nested_absmax").repeat_interleave(NESTED_BLOCK)[: len(absmax)]
             absmax = read(f"{spec.name}.nested_quant_map")[absmax.int()] * scales + state["nested_offset"]
-        both = torch.stack((codes >> 4, codes & 15), -1).reshape(-1)[: spec.parameters]
-        steps = read(f"{spec.name}.quant_map")[both.int()]
-        values = steps * absmax.repeat_interleave(BLOCK)[: spec.parameters]
+        levels = read(f"{spec.name}.quant_map")
+        values = torch.empty(spec.parameters)
+        for start in range(0, spec.parameters, SLAB_DECODED):
+            part = slice(start, min(start + SLAB_DECODED, spec.parameters))
+            pair = codes[start // 2 : -(-part.stop // 2)]
+            both = torch.stack((pair >> 4, pair & 15), -1).reshape(-1)[: part.stop - start]
+            scale = absmax[start // BLOCK : -(-part.stop // BLOCK)].repeat_interleave(BLOCK)[: part.stop - start]
+            values[part] = levels[both.int()] * scale
         return values.reshape(spec.shape)
 
     def quantization_config(self, graph: ModelGraph) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.mapped import MappedFile
 from llmpack.checkpoint.safetensors_header import HeaderTensor, read_header
 from llmpack.checkpoint.tensors import StoredTensor, decode
+from llmpack.formats.layout_plain import float_entry
 from llmpack.formats.safetensors_folder import SafetensorsFormat
 from llmpack.models.graph import ModelGraph, TensorSpec
 
@@ -72,11 +73,11 @@ class Written(Checkpoint):
         written = WrittenTensors(folder, [shard.file for shard in form.shards(graph)])
         floats, files = {}, {}
         for spec in graph.tensors:
-            if form.layout.entries(spec)[0].name == spec.name and spec.encoding == form.layout.floats:
+            if form.layout.entries(spec) == (float_entry(spec, form.floats),):
                 file, found = written.placed[spec.name]
                 files[file.path] = file
                 floats[spec.name] = StoredTensor(
-                    spec.name, spec.encoding, spec.shape, file.path, found.offset, found.nbytes
+                    spec.name, form.floats, spec.shape, file.path, found.offset, found.nbytes
                 )
         made = cls(
             folder=folder,

@@ -7,7 +7,7 @@ that does not cover is measured, and only where the device is this machine. No r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.packed import Packed, given
 from llmpack.pipeline.terms import Terms, placed, read_terms
 from llmpack.pipeline.toml_positions import TomlDocument
+from llmpack.runtime.settings import foreign_to_transformers
 from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, judge
 from llmpack.target.cure import cures
 from llmpack.target.device import Device, device
@@ -105,6 +106,9 @@ def _devices(names: Sequence[str], terms: Terms, packed: Packed, document: TomlD
     """The devices of these names. Raises RecipeError with everything that is wrong about them and the budget."""
     found: list[Device] = []
     problems: list[Problem] = []
+    if not packed.outline.in_llama:
+        wrong = foreign_to_transformers(terms.runtime)
+        problems += [placed(replace(problem, path=f"runtime.{problem.path}"), document) for problem in wrong]
     for name in dict.fromkeys(names):
         try:
             found.append(device(name))

@@ -42,7 +42,7 @@ def _card(build: Build, observed: Observed) -> Card:
     planned, form = build.plan, build.plan.file_format
     return Card(
         title=build.recipe.name,
-        relation="finetune" if any(step.trains for step in build.recipe.step) else "quantized",
+        relation=_relation(build),
         facts=planned.facts,
         layout=form.layout.name if isinstance(form, SafetensorsFormat) else None,
         source=build.recipe.source.model,
@@ -58,6 +58,13 @@ def _card(build: Build, observed: Observed) -> Card:
         verdict=_verdict_table(observed),
         notes=observed.notes,
     )
+
+
+def _relation(build: Build) -> str:
+    """How the model derives from its base, in the hub's words: other weights, or the same ones in fewer bits."""
+    form = build.plan.file_format
+    plain = isinstance(form, SafetensorsFormat) and form.layout.name == "plain"
+    return "finetune" if plain or any(step.trains for step in build.recipe.step) else "quantized"
 
 
 def _verdict_table(observed: Observed) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from llmpack.checkpoint.config_intake import quantization_method, read_config
 from llmpack.checkpoint.safetensors_header import HeaderTensor, read_header
 from llmpack.digest import sha256_file
 from llmpack.errors import InputRejected, Problem
-from llmpack.formats.bundle import CONFIG, MANIFEST, Bundle, model_digest
+from llmpack.formats.bundle import CONFIG, MANIFEST, Bundle, model_digest, name_problem
 from llmpack.models import family_of
 from llmpack.models.graph import ModelGraph
 from llmpack.target.outline import Outline
@@ -37,10 +37,10 @@ class ModelFolder:
     @classmethod
     def open(cls, path: Path, artifact: Mapping[str, Any]) -> ModelFolder:
         """The folder of a bundle whose manifest describes the model. Raises InputRejected for damaged files."""
-        files = tuple(artifact.get("files", ()))
-        lost = [name for name in files if not (path / name).is_file()]
+        files = tuple(map(str, artifact.get("files", ())))
+        lost = [name for name in files if name_problem(name) or not (path / name).is_file()]
         if lost or CONFIG not in files:
-            text = f"{', '.join(lost) or CONFIG} is missing; the manifest names it as a part of the model"
+            text = f"{', '.join(lost) or CONFIG} is no file of this folder, and the manifest should name it as one"
             raise InputRejected([Problem(text, where=str(path), rule="bundle")])
         tensors: dict[str, HeaderTensor] = {}
         for name in files:

@@ -13,7 +13,7 @@ from llmpack.formats.layouts import LAYOUTS, Layout
 from llmpack.formats.safetensors_folder import SHARD_BYTES, SafetensorsFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.registry import suggestion
-from llmpack.runtime.settings import RuntimeSettings
+from llmpack.runtime.settings import foreign_to_transformers
 from llmpack.target.outline import Outline
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ ModelFormat = GgufFormat | SafetensorsFormat
 
 LAYOUT_OPTIONS = ("double_quant", "keep")
 """Keys of `[bundle]` that only some layouts have; a layout that has one has a field of that name."""
-LLAMA_ALONE = ("kv", "flash_attention", "load")
-"""Keys of `[runtime]` that mean nothing to transformers."""
 
 
 def _known_layout(name: str) -> str:
@@ -64,11 +62,7 @@ def output_problems(recipe: Recipe, document: TomlDocument) -> list[Problem]:
     for name in LAYOUT_OPTIONS:
         if getattr(section, name) is not None and name not in has:
             found.append((("bundle", name), f'layout = "{kind.name}" has no option {name}; leave it out'))
-    usual = RuntimeSettings()
-    for name in LLAMA_ALONE:
-        if getattr(recipe.runtime, name) != getattr(usual, name):
-            text = f"{name} is a setting of llama.cpp; a safetensors bundle runs in transformers, leave it out"
-            found.append((("runtime", name), text))
+    found += [(("runtime", problem.path), problem.message) for problem in foreign_to_transformers(recipe.runtime)]
     for index, step in enumerate(recipe.step):
         if step.use in ("quantize.auto", "quantize.llamacpp"):
             text = f'{step.use} chooses among the encodings of GGUF; set format = "gguf", or use another step'

@@ -46,7 +46,7 @@ class Opened:
     """What came of opening a model: the modes that really hold, not those that were asked for.
 
     seconds          to load it and to make its context
-    load             "mmap" or "no-mmap"
+    load             "mmap" or "no-mmap"; "unknown" where the system does not tell
     flash_attention  "on" or "off"
     context          tokens, as padded by the runtime; 0 if only the vocabulary is loaded
     buffers          bytes by ``"kind.place"``, as the runtime reports them ("model.CPU_REPACK", "KV.CPU", ...)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class TransformersSession:
         weights = {} if model is None else {"model.CPU": int(model.get_memory_footprint())}
         return {
             "description": kind if model is None else f"{kind} {str(model.dtype).removeprefix('torch.')}",
-            "load": "no-mmap",
+            "load": _load_mode(),
             "flash_attention": "off" if model is None or config._attn_implementation == "eager" else "on",
             "threads": self._threads,
             "context": self._context or 0,
@@ -168,6 +169,14 @@ def _loaded(path: str) -> Any:
         text = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())
         raise RefusedError(f"the weights are not those of the model: {text}")
     return model.eval()
+
+
+def _load_mode() -> str:
+    """Whether weights lie in the mapped files or in memory of their own, as far as the system tells."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return "unknown"
+    return "mmap" if ".safetensors" in maps.read_text() else "no-mmap"
 
 
 def _refusing(load: Any) -> Any:

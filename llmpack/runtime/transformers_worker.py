@@ -6,6 +6,7 @@ imported when a model is opened: that is a part of the time which a user waits f
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -48,6 +49,7 @@ class Worker:
         """Load a model in place of the one before."""
         self.close(arguments, tell)
         started = time.perf_counter()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are those of the processor, on machines with a GPU too
         from llmpack.runtime.transformers_session import TransformersSession
 
         self._session = TransformersSession(arguments["path"], arguments["settings"], arguments["context"])

@@ -82,6 +82,8 @@ def test_the_commands_take_it(built):
     checked = check(folder, cache, Question())
     assert checked.passed
     assert not checked.measured
+    with pytest.raises(RecipeError, match=r"runtime\.kv: kv is a setting of llama\.cpp"):
+        check(folder, cache, Question(changes=["runtime.kv=q8_0"]))
     report = evaluate_bundle(folder, cache).report
     assert report["mean"] == built.reports["quality"]["mean"]
     answer = ask(folder, Prompt("Hello", tokens=4, raw=True), lambda text: None)

@@ -72,29 +72,28 @@ def test_text_is_the_tokenizer_s(runtime, tokenizer):
     assert runtime.detokenize(runtime.tokenize(texts[0])) == texts[0]
 
 
-def test_a_greedy_answer_is_that_of_generate(runtime, model, tokenizer):
-    prompt = tokenizer("The quick brown").input_ids
-    whole = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-    end = whole.index(model.config.eos_token_id) if model.config.eos_token_id in whole else len(whole)
+def told(answer):
+    """The text of an answer as it came, and what it was in the end."""
     pieces = []
-    answer = runtime.generate(prompt, 12)
     while True:
         try:
             pieces.append(next(answer))
         except StopIteration as finished:
-            break
-    assert list(finished.value.tokens) == whole[:end]
-    assert "".join(pieces) == tokenizer.decode(whole[:end], skip_special_tokens=True)
+            return "".join(pieces), finished.value
+
+
+def test_a_greedy_answer_is_that_of_generate(runtime, model, tokenizer):
+    prompt = tokenizer("The quick brown").input_ids
+    whole = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    end = whole.index(model.config.eos_token_id) if model.config.eos_token_id in whole else len(whole)
+    pieces, answer = told(runtime.generate(prompt, 12))
+    assert list(answer.tokens) == whole[:end]
+    assert pieces == tokenizer.decode(whole[:end], skip_special_tokens=True)
 
 
 def test_drawn_answers_follow_the_seed(runtime):
     def tokens(seed):
-        answer = runtime.generate(TOKENS[:8], 12, temperature=2.0, seed=seed)
-        while True:
-            try:
-                next(answer)
-            except StopIteration as finished:
-                return finished.value.tokens
+        return told(runtime.generate(TOKENS[:8], 12, temperature=2.0, seed=seed))[1].tokens
 
     assert tokens(1) == tokens(1)
     assert len({tokens(seed) for seed in range(4)}) > 1
