@@ -74,7 +74,8 @@ class IntGroups(BlockwiseEncoding):
 
     def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
         """The grid of a few rows, its scales moved down the full Hessian; zeros stay."""
-        return grid.holding((descend_halves(descent).to(torch.float16), *grid.stored[1:]))
+        (scales,) = descend_halves(descent, [grid.scales.T])
+        return grid.holding((scales.T.to(torch.float16).contiguous(), *grid.stored[1:]))
 
     def pack_blocks(self, codes: np.ndarray, grid: ScaleGrid) -> np.ndarray:
         """[n, bytes of a group] uint8."""
