@@ -7,6 +7,9 @@ import sys
 from functools import cache
 from typing import Any
 
+M_ARENA_MAX = -8
+"""The number of glibc's malloc.h."""
+
 
 @cache
 def _library() -> Any:
@@ -25,3 +28,13 @@ def give_back_memory() -> None:
     library = _library()
     if library is not None:
         library.malloc_trim(0)
+
+
+def share_heap() -> None:
+    """Let threads that start from now on use the heap of the main thread (glibc only).
+
+    In heaps of their own, freed memory at the end would be out of reach of `give_back_memory`.
+    """
+    library = _library()
+    if library is not None:
+        library.mallopt(M_ARENA_MAX, 1)

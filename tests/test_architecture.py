@@ -21,7 +21,7 @@ FLOORS = (
     {"runtime"},
     {"algorithms", "checkpoint"},
     {"encodings"},
-    {"registry", "process"},
+    {"registry", "process", "parallel"},
     {"lazy"},
     {"errors", "units", "digest", "progress", "profile", "allocator"},
 )

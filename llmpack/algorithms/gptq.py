@@ -11,11 +11,13 @@ triangular factor of H, to which GPTQ is equal column by column (arXiv:2507.1855
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import Factor, factorize, in_order
 from llmpack.encodings.encoding import Grid, GridEncoding, Levels, Quantized
+from llmpack.parallel import each, even
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +27,21 @@ else:
 
     torch = LazyModule("torch")
 
+Pieces = list[tuple[int, slice]]
+"""Which rows of which matrix."""
+
 BLOCK = 128
 """Columns rounded one by one before their errors reach the others in one matrix product."""
 
-ROWS = 2048
-"""Rows that are rounded at once. Rows never see each other: this bounds memory, and keeps a block of columns in a
+ROWS = 1024
+"""Rows that a thread rounds at once. Rows never see each other: this bounds memory, and keeps a block of columns in a
 core's cache."""
+
+STRIP = 16
+"""Columns among those of a block whose errors reach each other one by one."""
+
+LEAST_ROWS = 128
+"""Rows under which another thread is not worth its while."""
 
 
 @dataclass(frozen=True)
@@ -87,32 +98,34 @@ def round_together(
         raise ValueError(f"{encoding.name} has codes that span {encoding.joint_columns} columns; GPTQ needs one")
     finished = [_Finished.empty(W) for W in weights]
     place = torch.argsort(factor.order)
-    for pieces in _pieces([len(W) for W in weights]):
+
+    def rounded(pieces: Pieces) -> list[_Tile]:
         some = [grids[at].select_rows(rows) for at, rows in pieces]
         columns = _Columns.of([weights[at][rows] for at, rows in pieces], some, factor.order, factor.upper.dtype)
         tile = _nearest_plane(columns, factor)
-        lengths = [rows.stop - rows.start for _, rows in pieces]
-        for (at, rows), part in zip(pieces, tile.split(lengths), strict=True):
-            finished[at].take(rows, part, place)
+        parts = tile.split([rows.stop - rows.start for _, rows in pieces])
+        for (at, rows), part in zip(pieces, parts, strict=True):
+            finished[at].codes[rows] = part.codes.index_select(0, place).T
+        return [replace(part, codes=place[:0]) for part in parts]
+
+    runs = _pieces([len(W) for W in weights])
+    for pieces, tile in zip(runs, each(rounded, runs), strict=True):
+        for (at, _), part in zip(pieces, tile, strict=True):
+            finished[at].count(part)
     return [one.rounded(grid, encoding) for one, grid in zip(finished, grids, strict=True)]
 
 
-def _pieces(lengths: Sequence[int]) -> Iterator[list[tuple[int, slice]]]:
-    """Rows of matrices, gathered into runs of at most `ROWS`: (matrix, its rows)."""
-    run: list[tuple[int, slice]] = []
-    room = ROWS
-    for at, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            stop = min(length, start + room)
-            run.append((at, slice(start, stop)))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield run
-                run, room = [], ROWS
-    if run:
-        yield run
+def _pieces(lengths: Sequence[int]) -> list[Pieces]:
+    """Rows of matrices below each other, cut into even runs: of each run, which rows of which matrix it has."""
+    starts = [0, *accumulate(lengths)]
+    return [
+        [
+            (at, slice(max(run.start, first) - first, min(run.stop, last) - first))
+            for at, (first, last) in enumerate(pairwise(starts))
+            if first < run.stop and run.start < last
+        ]
+        for run in even(starts[-1], ROWS, LEAST_ROWS)
+    ]
 
 
 @dataclass
@@ -146,8 +159,7 @@ class _Finished:
     def empty(cls, W: Tensor) -> _Finished:
         return cls(torch.empty(W.shape, dtype=torch.uint8, device=W.device))
 
-    def take(self, rows: slice, tile: _Tile, place: Tensor) -> None:
-        self.codes[rows] = tile.codes.index_select(0, place).T
+    def count(self, tile: _Tile) -> None:
         self.clipped += float(tile.clipped.sum())
         self.error += float(tile.error.sum())
         self.energy += float(tile.energy.sum())
@@ -167,14 +179,16 @@ def refine(W: Tensor, H: Tensor, start: Quantized, *, sweeps: int = 4) -> Quanti
     order = torch.argsort(torch.diagonal(H), descending=True, stable=True)
     hessian, place = in_order(H, order, W.dtype), torch.argsort(order)
     refined = torch.empty(start.codes.shape, dtype=torch.uint8, device=W.device)
-    for first in range(0, len(W), ROWS):
-        rows = slice(first, min(first + ROWS, len(W)))
+
+    def descend(rows: slice) -> None:
         columns = _Columns.of([W[rows]], [start.grid.select_rows(rows)], order, W.dtype)
-        codes = start.codes[rows].to(torch.int32).T.index_select(0, order).contiguous()
+        codes = start.codes[rows].to(torch.uint8).T.index_select(0, order).contiguous()
         for _ in range(sweeps):
             if not _descend(columns, hessian, codes):
                 break
         refined[rows] = codes.index_select(0, place).T
+
+    each(descend, even(len(W), ROWS, LEAST_ROWS))
     return Quantized(refined, start.grid, start.encoding)
 
 
@@ -226,15 +240,34 @@ class _Columns:
         return Levels(scale=scale, high=first.high, zero=zero, offset=offset, table=first.table)
 
 
-def _vector(levels: Levels, index: int) -> Levels:
-    """The levels of one column out of those of `_Columns.levels`."""
-    return Levels(
-        scale=levels.scale[index],
-        high=levels.high,
-        zero=levels.zero if isinstance(levels.zero, int) else levels.zero[index],
-        offset=None if levels.offset is None else levels.offset[index],
-        table=levels.table,
-    )
+class _Rounder:
+    """Rounds some columns one after the other; lists of rows, so that a column costs few operations."""
+
+    def __init__(self, levels: Levels) -> None:
+        self.levels = levels
+        self.scale, self.divisor = levels.scale.unbind(), levels.divisor.unbind()
+        self.offset = None if levels.offset is None else levels.offset.unbind()
+        self.multiples = torch.empty_like(levels.scale)
+        self._multiples = self.multiples.unbind()
+        zero = levels.zero
+        self._column = [replace(levels, zero=one) for one in zero.unbind()] if isinstance(zero, torch.Tensor) else None
+
+    def nearest(self, k: int, x: Tensor) -> Tensor:
+        """The value nearest to `x` [rows] in column k. Its multiple of the scale is kept."""
+        ratio = x / self.divisor[k] if self.offset is None else (x - self.offset[k]).div_(self.divisor[k])
+        multiple = (self.levels if self._column is None else self._column[k]).multiples(ratio)
+        self._multiples[k].copy_(multiple)
+        value = multiple.mul_(self.scale[k])
+        return value if self.offset is None else value.add_(self.offset[k])
+
+    def codes(self) -> Tensor:
+        """[columns, rows] uint8, when all columns are rounded."""
+        return self.levels.codes_of(self.multiples)
+
+
+def _strips(count: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, count, STRIP):
+        yield first, min(first + STRIP, count)
 
 
 def _nearest_plane(columns: _Columns, factor: Factor) -> _Tile:
@@ -249,39 +282,39 @@ def _nearest_plane(columns: _Columns, factor: Factor) -> _Tile:
     count, rows = weight.shape
     diagonal = torch.diagonal(upper)
     error = torch.empty_like(weight)
-    codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     sums = torch.zeros(3, rows, dtype=torch.float64, device=weight.device)
     clipped, missed, energy = sums
     for start in range(0, count, BLOCK):
-        stop = min(start + BLOCK, count)
-        levels = columns.levels(start, stop)
-        size = diagonal[start:stop]
-        slope = (upper[:stop, start:stop] / size).T.contiguous()  # slope[k - start, j] = R_jk / R_kk
-        target = torch.addmm(weight[start:stop], slope[:, :start], error[:start])
-        _round_block(levels, slope[:, start:], weight[start:stop], target, codes[start:stop], error[start:stop])
-        clipped += _beyond_the_ends(levels, codes[start:stop], target).sum(0)
-        added = factor.added[start:stop].to(weight.dtype)
-        missed += _squares(target - levels.decode(codes[start:stop]), size.square())
-        missed -= _squares(error[start:stop], added)
-        energy += _squares(slope @ weight[:stop], size.square())
-        energy -= _squares(weight[start:stop], added)
+        some = slice(start, min(start + BLOCK, count))
+        levels = columns.levels(some.start, some.stop)
+        size, added = diagonal[some], factor.added[some].to(weight.dtype)
+        slope = (upper[: some.stop, some] / size).T.contiguous()  # slope[k - start, j] = R_jk / R_kk
+        target = torch.addmm(weight[some], slope[:, :start], error[:start])
+        codes[some] = _round_block(levels, slope[:, start:], weight[some], target, error[some])
+        left = target - (weight[some] - error[some])
+        clipped += _beyond_the_ends(levels, codes[some], left).sum(0)
+        missed += _squares(left, size.square()) - _squares(error[some], added)
+        energy += _squares(slope @ weight[: some.stop], size.square()) - _squares(weight[some], added)
     return _Tile(codes, clipped, missed, energy)
 
 
-def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, codes: Tensor, error: Tensor) -> None:
-    """Round the columns of one block, [n, rows] each; `target`, `codes` and `error` are filled.
+def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, error: Tensor) -> Tensor:
+    """Round the columns of one block, [n, rows] each; codes, uint8. `target` and `error` are filled.
 
     slope  [n, n]: of the errors of this block's columns
     target what each column is to be rounded from, as far as it follows from the blocks before
     """
-    divisor = levels.divisor
-    for k in range(len(weight)):
-        level = _vector(levels, k)
-        if k:
-            target[k].addmv_(error[:k].T, slope[k, :k])
-        x = target[k] if level.offset is None else target[k] - level.offset
-        codes[k] = level.nearest(x / divisor[k])
-        torch.sub(weight[k], level.decode(codes[k]), out=error[k])
+    rounder = _Rounder(levels)
+    targets, weights, errors = target.unbind(), weight.unbind(), error.unbind()
+    for first, last in _strips(len(weight)):
+        if first:
+            target[first:last].addmm_(slope[first:last, :first], error[:first])
+        for k in range(first, last):
+            if k > first:
+                targets[k].addmv_(error[first:k].T, slope[k, first:k])
+            torch.sub(weights[k], rounder.nearest(k, targets[k]), out=errors[k])
+    return rounder.codes()
 
 
 def _squares(values: Tensor, weights: Tensor) -> Tensor:
@@ -289,40 +322,51 @@ def _squares(values: Tensor, weights: Tensor) -> Tensor:
     return (values.square() * weights[:, None]).sum(0, dtype=torch.float64)
 
 
-def _beyond_the_ends(levels: Levels, codes: Tensor, target: Tensor) -> Tensor:
-    """Where the outermost code was taken for a value more than half a step beyond it."""
-    lowest, highest = torch.zeros_like(codes), torch.full_like(codes, levels.high)
-    below = (levels.decode(lowest + 1) - levels.decode(lowest)).abs() / 2
-    above = (levels.decode(highest) - levels.decode(highest - 1)).abs() / 2
-    missed = (target - levels.decode(codes)).abs()
-    return ((codes == 0) & (missed > below)) | ((codes == levels.high) & (missed > above))
+def _beyond_the_ends(levels: Levels, codes: Tensor, left: Tensor) -> Tensor:
+    """Where the outermost code was taken for a value more than half a step beyond it; `left` is what it missed."""
+    table = levels.table
+    below, above = (1, 1) if table is None else (float(table[1] - table[0]), float(table[-1] - table[-2]))
+    steps = (left / levels.divisor).abs_().mul_(2)
+    return ((codes == 0) & (steps > below)) | ((codes == levels.high) & (steps > above))
 
 
 def _descend(columns: _Columns, hessian: Tensor, codes: Tensor) -> bool:
     """One sweep of coordinate descent over `codes`, in place; whether any code changed."""
     weight = columns.weight
     count = weight.shape[0]
-    curvature = torch.diagonal(hessian)
-    error = torch.empty_like(weight)
+    curvature = torch.diagonal(hessian).clone()
+    curvature[curvature <= 0] = torch.inf  # a column that matters to nothing stays near where it is
+    pull = torch.empty_like(weight)
     for start in range(0, count, BLOCK):
-        stop = min(start + BLOCK, count)
-        error[start:stop] = weight[start:stop] - columns.levels(start, stop).decode(codes[start:stop])
-    pull = hessian @ error  # half the gradient by each column
+        some = slice(start, min(start + BLOCK, count))
+        torch.sub(weight[some], columns.levels(some.start, some.stop).decode(codes[some]), out=pull[some])
+    pull = hessian @ pull  # half the gradient by each column
     changed = False
     for start in range(0, count, BLOCK):
-        stop = min(start + BLOCK, count)
-        levels = columns.levels(start, stop)
-        moved = torch.zeros_like(error[start:stop])
-        for k in range(start, stop):
-            if curvature[k] <= 0:
-                continue
-            i = k - start
-            level = _vector(levels, i)
-            slope = torch.addmv(pull[k], moved[:i].T, hessian[k, start:k])
-            best = level.round(weight[k] - error[k] + slope / curvature[k])
-            now = weight[k] - level.decode(best)
-            moved[i] = now - error[k]
-            changed = changed or not torch.equal(best, codes[k])
-            error[k], codes[k] = now, best
-        pull.addmm_(hessian[:, start:stop], moved)
+        some = slice(start, min(start + BLOCK, count))
+        levels = columns.levels(some.start, some.stop)
+        now, stiff = levels.decode(codes[some]), curvature[some, None]
+        best, moved = _descend_block(levels, hessian[some, some] / stiff, now, now + pull[some] / stiff)
+        changed = changed or not torch.equal(best, codes[some])
+        codes[some] = best
+        pull[some.stop :].addmm_(hessian[some.stop :, some], moved)
     return changed
+
+
+def _descend_block(levels: Levels, slope: Tensor, now: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The best codes, uint8, of the columns of one block in turn, and by how much values fell; [n, rows] each.
+
+    slope   [n, n]: Hessian of this block's columns, each row divided by its curvature
+    now     present values
+    target  where each column is best while no other of the block moves; overwritten
+    """
+    rounder, moved = _Rounder(levels), torch.empty_like(now)
+    targets, values, falls = target.unbind(), now.unbind(), moved.unbind()
+    for first, last in _strips(len(now)):
+        if first:
+            target[first:last].addmm_(slope[first:last, :first], moved[:first])
+        for k in range(first, last):
+            if k > first:
+                targets[k].addmv_(moved[first:k].T, slope[k, first:k])
+            torch.sub(values[k], rounder.nearest(k, targets[k]), out=falls[k])
+    return rounder.codes(), moved

@@ -13,6 +13,7 @@ from llmpack.encodings.grids import BlockGrid, ScaleGrid, stacked
 from llmpack.encodings.refit import Descent, descend_halves
 from llmpack.encodings.search import HALF_MAX, Groups, affine, symmetric, to_half, to_unit
 from llmpack.encodings.steps import Steps
+from llmpack.parallel import each, even
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +90,13 @@ class BlockwiseEncoding(GridEncoding):
         own = self._own(codes, grid)
         values, hessian = tiles.matrix(W, self.name), H.to(torch.float32)
         rows, columns = values.shape
-        parameters = columns // self.group * (1 if own.offsets is None else 2)
-        parts = []
-        for run in tiles.runs(rows, max(columns, parameters**2), tiles.SLAB):
-            parts.append(self._refit(codes[run], own.select_rows(run), values[run], hessian))
-        return stacked(parts)
+
+        def moved(run: slice) -> ScaleGrid:
+            some = own.select_rows(run)
+            error = values[run] - some.levels().decode(codes[run])
+            return self.refit_rows(some, Descent(some.multiples(codes[run]), error, hessian, self.group))
+
+        return stacked(each(moved, even(rows, max(1, tiles.SLAB // columns))))
 
     def pack(self, codes: Tensor, grid: Grid) -> np.ndarray:
         """[rows, row bytes] uint8. Raises ValueError where codes and grid do not belong together."""
@@ -118,20 +121,11 @@ class BlockwiseEncoding(GridEncoding):
         return grid
 
     def _fit(self, W: Tensor, weights: Tensor | None) -> ScaleGrid:
-        parts = []
-        for run in tiles.runs(W.shape[0], W.shape[1], tiles.TILE):
+        def fitted(run: slice) -> ScaleGrid:
             x = tiles.upright(W[run], self.group)
-            parts.append(self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run])))
-        return stacked(parts)
+            return self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run]))
 
-    def _refit(self, codes: Tensor, grid: ScaleGrid, W: Tensor, H: Tensor) -> ScaleGrid:
-        before = grid.levels().decode(codes)
-        parameters = grid.scales if grid.offsets is None else torch.cat([grid.scales, grid.offsets], dim=1)
-        descent = Descent(grid.multiples(codes), W - before, H, self.group, parameters)
-        moved = self.refit_rows(grid, descent)
-        step = moved.levels().decode(codes) - before
-        growth = ((step @ H) * (step - 2 * (W - before))).sum(1)  # of the error, without the rest cancelling
-        return grid.replaced(moved, growth < 0)
+        return stacked(each(fitted, tiles.tiles(*W.shape)))
 
 
 class BlockEncoding(BlockwiseEncoding):
@@ -158,8 +152,8 @@ class BlockEncoding(BlockwiseEncoding):
 
     def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
         """The grid of a few rows, its scales moved down the full Hessian."""
-        found = descend_halves(descent)
-        return self._grid(*found.chunk(2, dim=1)) if self.has_minimum else self._grid(found)
+        parts = [grid.scales] if grid.offsets is None else [grid.scales, grid.offsets]
+        return self._grid(*(found.T for found in descend_halves(descent, [part.T for part in parts])))
 
     def pack_blocks(self, codes: np.ndarray, grid: ScaleGrid) -> np.ndarray:
         """[n, block_bytes] uint8."""

@@ -91,13 +91,6 @@ class ScaleGrid(Grid):
         """The grid of some rows, in the order given."""
         return self.holding(tuple(None if part is None else part[rows] for part in self.stored))
 
-    def replaced(self, other: Self, rows: Tensor) -> Self:
-        """This grid with those rows (bool [rows]) taken from another."""
-        pairs = zip(self.stored, other.stored, strict=True)
-        return self.holding(
-            tuple(None if a is None or b is None else torch.where(rows[:, None], b, a) for a, b in pairs)
-        )
-
 
 def stacked(grids: Sequence[ScaleGrid]) -> ScaleGrid:
     """Grids of one kind below each other."""

@@ -66,12 +66,14 @@ class SuperBlockEncoding(BlockwiseEncoding):
 
     def refit_rows(self, grid: ScaleGrid, descent: Descent) -> ScaleGrid:
         """The grid of a few rows, its integers and units moved down the full Hessian."""
-        d, dmin, *_ = grid.stored
-        units = [half.to(torch.float32) * sign for half, sign in ((d, 1), (dmin, -1)) if half is not None]
-        found, integers = descend_integers(descent, torch.cat(units, dim=1), self.integers.low, self.integers.high)
-        parts = 2 if self.has_minimum else 1
-        signed = [part * sign for part, sign in zip(found.chunk(parts, dim=1), (1, -1), strict=False)]
-        return self._grid(grid.rows, tuple(signed), integers.chunk(parts, dim=1))
+        halves, small = grid.stored[:2], grid.stored[2:]
+        units = [
+            half.T.to(torch.float32) * sign for half, sign in zip(halves, (1, -1), strict=True) if half is not None
+        ]
+        integers = [part.T.to(torch.float32) for part in small if part is not None]
+        found, whole = descend_integers(descent, units, integers, self.integers.low, self.integers.high)
+        signed = [part.T * sign for part, sign in zip(found, (1, -1), strict=False)]
+        return self._grid(grid.rows, tuple(signed), tuple(part.T for part in whole))
 
     def pack_blocks(self, codes: np.ndarray, grid: ScaleGrid) -> np.ndarray:
         """[n, block_bytes] uint8."""

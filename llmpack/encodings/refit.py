@@ -1,13 +1,17 @@
 """Scales adjusted after rounding: codes held, the full Hessian as the measure.
 
-For one row the error is quadratic in its scales (and offsets): with ``e = w - P p``, where column j of P holds the
-multiples of group j and zeros elsewhere, ``e H e^T`` has curvature ``N = P^T H P`` and half its negative gradient is
-``g = P^T H e``. Coordinates are moved in turn, each to the storable value nearest to its optimum given all others, so
-the error never grows and rounding to the file's precision is part of the descent.
+For one row the error is quadratic in its scales and offsets. With ``e = w - value`` and a scale p whose columns have
+the multiples v, ``e H e^T`` is least at ``p + (v . He) / (v H v)``; a scale and an offset of one group are solved for
+together. Groups are moved in turn, each to the storable numbers nearest to that and only where the error falls, so
+rounding to the file's precision is part of the descent. ``He`` is kept up to date within a run of columns, and for all
+others when the run is done: a sweep costs one product with H, as GPTQ does.
+
+Arrays lie column by column, [columns, rows].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmpack.encodings.search import quotient, to_half
@@ -20,124 +24,155 @@ else:
 
     torch = LazyModule("torch")
 
-SWEEPS = 16
+SWEEPS = 4
+RUN = 256
+"""Columns whose parameters see each other's moves at once; those of a super-block are among them."""
+
+Store = Callable[["Tensor"], "Tensor"]
 
 
 class Descent:
-    """The error of a few rows as a function of their parameters: scales, then offsets if there are any.
+    """The error of a few rows as a function of their scales and offsets.
 
-    q       [rows, columns] multiples that the codes stand for
-    error   [rows, columns] present ``W - Q``
-    H       [columns, columns]
-    found   [rows, parameters], starts as `parameters`
+    q      [rows, columns] multiples that the codes stand for
+    error  [rows, columns] present ``W - Q``
+    H      [columns, columns]
+    group  columns that share a scale
     """
 
-    def __init__(self, q: Tensor, error: Tensor, H: Tensor, group: int, parameters: Tensor) -> None:
-        groups = q.shape[1] // group
-        with_offsets = parameters.shape[1] > groups
-        self.found = parameters.clone()
-        self.N = _curvature_with_offsets(q, H, group) if with_offsets else _curvature(q, H, group)
-        pull = error @ H
-        parts = [pull * q, pull] if with_offsets else [pull * q]
-        self.g = torch.cat([part.reshape(q.shape[0], groups, group).sum(-1) for part in parts], dim=1)
+    def __init__(self, q: Tensor, error: Tensor, H: Tensor, group: int) -> None:
+        self.H, self.group = H, group
+        self.q = q.T.contiguous()
+        self.pull = H @ error.T
 
-    def wanted(self, j: int) -> Tensor:
-        """[rows] the best value of parameter j, all others as they are."""
-        return self.found[:, j] + quotient(self.g[:, j], self.N[:, j, j])
-
-    def move(self, j: int, target: Tensor) -> bool:
-        """Set parameter j; whether it changed anywhere."""
-        step = target - self.found[:, j]
-        if not bool(step.any()):
-            return False
-        self.found[:, j] = target
-        self.g.addcmul_(self.N[:, j], step[:, None], value=-1)
-        return True
-
-    def stretch(self, some: slice, factor: Tensor) -> Tensor:
-        """[rows] change of the error if these parameters were `factor` [rows] times as large."""
-        step = self.found[:, some] * (factor - 1)[:, None]
-        bend = torch.einsum("ri,rij,rj->r", step, self.N[:, some, some], step)
-        return bend - 2 * (step * self.g[:, some]).sum(1)
-
-    def best_stretch(self, some: slice) -> Tensor:
-        """[rows] the factor of least error for these parameters together."""
-        now = self.found[:, some]
-        bend = torch.einsum("ri,rij,rj->r", now, self.N[:, some, some], now)
-        return 1 + quotient((now * self.g[:, some]).sum(1), bend)
+    def runs(self) -> Iterator[Run]:
+        """Runs of columns, several times over; what one has moved reaches all others when the next is asked for."""
+        columns = len(self.q)
+        for sweep in range(SWEEPS):
+            for start in range(0, columns, RUN):
+                some = slice(start, min(start + RUN, columns))
+                run = Run(self, some)
+                yield run
+                if sweep + 1 < SWEEPS and start:
+                    self.pull[:start].addmm_(self.H[:start, some], run.growth, alpha=-1)
+                self.pull[some.stop :].addmm_(self.H[some.stop :, some], run.growth, alpha=-1)
 
 
-def descend_halves(descent: Descent) -> Tensor:
-    """Parameters [rows, count] of lower error, all exact in float16."""
-    for _ in range(SWEEPS):
-        moved = [descent.move(j, to_half(descent.wanted(j))) for j in range(descent.found.shape[1])]
-        if not any(moved):
-            break
-    return descent.found
+class Run:
+    """Some columns; the others stay as they are.
 
-
-def descend_integers(descent: Descent, units: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Units [rows, super-blocks] and integers [rows, parameters] of lower error; their products are the parameters.
-
-    units  float32, exact in float16; equally many parameters in a row belong to each
+    groups  which of the tensor's
+    growth  [columns, rows] by how much values have grown
     """
-    units = units.clone()
-    per = descent.found.shape[1] // units.shape[1]
-    integers = quotient(descent.found, units.repeat_interleave(per, dim=1)).round_()
-    for _ in range(SWEEPS):
-        moved = False
-        for j in range(integers.shape[1]):
-            unit = units[:, j // per]
-            whole = quotient(descent.wanted(j), unit).round_().clamp_(low, high)
-            integers[:, j] = torch.where(unit == 0, integers[:, j], whole)
-            moved |= descent.move(j, unit * integers[:, j])
-        for s in range(units.shape[1]):
-            moved |= _move_unit(descent, units, integers, s, per)
-        if not moved:
-            break
+
+    def __init__(self, descent: Descent, some: slice) -> None:
+        self.group = descent.group
+        self.groups = range(some.start // descent.group, some.stop // descent.group)
+        self.growth = torch.zeros_like(descent.q[some])
+        self._q, self._pull = descent.q[some], descent.pull[some]
+        self._H = descent.H[some, some].contiguous()
+
+    def _columns(self, group: int, count: int = 1) -> slice:
+        first = (group - self.groups.start) * self.group
+        return slice(first, first + count * self.group)
+
+    def scale(self, group: int, now: Tensor, store: Store) -> Tensor:
+        """[rows] the scale of a group moved from `now` to its best."""
+        some = self._columns(group)
+        return self._moved(some, self._q[some], now, store)
+
+    def line(self, group: int, now: tuple[Tensor, Tensor], stores: tuple[Store, Store]) -> tuple[Tensor, Tensor]:
+        """[rows] scale and offset of a group moved from `now` to their best together."""
+        some = self._columns(group)
+        q, pull, H = self._q[some], self._pull[some], self._H[some, some]
+        sums = H.sum(1)
+        a, b, c = (q * (H @ q)).sum(0), sums @ q, sums.sum()
+        across, total = (q * pull).sum(0), pull.sum(0)
+        determinant = a * c - b * b
+        together = quotient(c * across - b * total, determinant)
+        scale = stores[0](now[0] + torch.where(determinant > 1e-6 * a * c, together, quotient(across, a)))
+        wider = scale - now[0]
+        offset = stores[1](now[1] + quotient(total - b * wider, c))
+        higher = offset - now[1]
+        change = wider * (a * wider + 2 * b * higher - 2 * across) + higher * (c * higher - 2 * total)
+        better = change < 0
+        self._grow(some, torch.where(better, q * wider + higher, 0.0))
+        return torch.where(better, scale, now[0]), torch.where(better, offset, now[1])
+
+    def unit(self, first: int, parameters: Tensor, now: Tensor, *, offsets: bool) -> Tensor:
+        """[rows] a unit moved from `now` to its best; `parameters` [groups, rows] from group `first` on are in it."""
+        some = self._columns(first, len(parameters))
+        values = parameters.repeat_interleave(self.group, dim=0)
+        return self._moved(some, quotient(values if offsets else values * self._q[some], now), now, to_half)
+
+    def _moved(self, some: slice, direction: Tensor, now: Tensor, store: Store) -> Tensor:
+        bend = (direction * (self._H[some, some] @ direction)).sum(0)
+        slope = (direction * self._pull[some]).sum(0)
+        target = store(now + quotient(slope, bend))
+        step = target - now
+        better = step * (step * bend - 2 * slope) < 0
+        self._grow(some, torch.where(better, direction * step, 0.0))
+        return torch.where(better, target, now)
+
+    def _grow(self, some: slice, growth: Tensor) -> None:
+        self._pull.addmm_(self._H[:, some], growth, alpha=-1)
+        self.growth[some] += growth
+
+
+def descend_halves(descent: Descent, parts: list[Tensor]) -> list[Tensor]:
+    """Scales [groups, rows], and offsets if there are any, of lower error and all exact in float16."""
+    found = [part.clone() for part in parts]
+    for run in descent.runs():
+        for g in run.groups:
+            if len(found) == 1:
+                found[0][g] = run.scale(g, found[0][g], to_half)
+            else:
+                found[0][g], found[1][g] = run.line(g, (found[0][g], found[1][g]), (to_half, to_half))
+    return found
+
+
+def descend_integers(
+    descent: Descent, units: list[Tensor], integers: list[Tensor], low: int, high: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Units [super-blocks, rows] and integers [groups, rows], for scales and then for offsets, of lower error.
+
+    A parameter is its integer times the unit of its super-block; units are float32, exact in float16.
+    """
+    units, integers = [part.clone() for part in units], [part.clone() for part in integers]
+    per = len(integers[0]) // len(units[0])
+
+    for run in descent.runs():
+        for g in run.groups:
+            stored = [
+                _Multiple(unit[g // per], whole[g], low, high) for unit, whole in zip(units, integers, strict=True)
+            ]
+            for whole, one, value in zip(integers, stored, _moved(run, g, stored), strict=True):
+                whole[g] = one.integer(value)
+        for s in range(run.groups.start // per, run.groups.stop // per):
+            some = slice(s * per, (s + 1) * per)
+            for part, (unit, whole) in enumerate(zip(units, integers, strict=True)):
+                unit[s] = run.unit(s * per, whole[some] * unit[s], unit[s], offsets=part > 0)
     return units, integers
 
 
-def _move_unit(descent: Descent, units: Tensor, integers: Tensor, s: int, per: int) -> bool:
-    """Bring one unit to the float16 nearest to its optimum, where that lowers the error."""
-    some = slice(s * per, (s + 1) * per)
-    now = units[:, s]
-    target = to_half(now * descent.best_stretch(some))
-    better = descent.stretch(some, quotient(target, now)) < 0
-    target = torch.where(better & (now != 0), target, now)
-    if torch.equal(target, now):
-        return False
-    units[:, s] = target
-    for j in range(some.start, some.stop):
-        descent.move(j, target * integers[:, j])
-    return True
+def _moved(run: Run, g: int, stored: Sequence[_Multiple]) -> tuple[Tensor, ...]:
+    """The parameters of a group at their best."""
+    if len(stored) == 1:
+        return (run.scale(g, stored[0].value, stored[0].store),)
+    first, second = stored
+    return run.line(g, (first.value, second.value), (first.store, second.store))
 
 
-def _curvature(q: Tensor, H: Tensor, group: int) -> Tensor:
-    """[rows, groups, groups]: ``P^T H P`` of each row."""
-    rows, columns = q.shape
-    count = columns // group
-    N = q.new_empty(rows, count, count)
-    for g in range(count):
-        first = g * group
-        pull = q[:, first : first + group] @ H[first : first + group, first:]
-        part = pull.mul_(q[:, first:]).reshape(rows, count - g, group).sum(-1)
-        N[:, g, g:] = part
-        N[:, g:, g] = part
-    return N
+class _Multiple:
+    """Integers [rows] of units [rows]: what such a product may be. Where a unit is 0 nothing moves."""
 
+    def __init__(self, unit: Tensor, whole: Tensor, low: int, high: int) -> None:
+        self._unit, self._whole, self._ends = unit, whole, (low, high)
+        self.value = unit * whole
 
-def _curvature_with_offsets(q: Tensor, H: Tensor, group: int) -> Tensor:
-    """[rows, 2 groups, 2 groups]: curvature in scales (first half) and offsets (second half)."""
-    rows, columns = q.shape
-    count = columns // group
-    N = q.new_empty(rows, 2 * count, 2 * count)
-    N[:, :count, :count] = _curvature(q, H, group)
-    summed = H.reshape(columns, count, group).sum(-1)
-    for g in range(count):
-        first = g * group
-        cross = q[:, first : first + group] @ summed[first : first + group]
-        N[:, g, count:] = cross
-        N[:, count:, g] = cross
-    N[:, count:, count:] = summed.reshape(count, group, count).sum(1)
-    return N
+    def integer(self, value: Tensor) -> Tensor:
+        nearest = quotient(value, self._unit).round_().clamp_(*self._ends)
+        return torch.where(self._unit == 0, self._whole, nearest)
+
+    def store(self, wanted: Tensor) -> Tensor:
+        return self.integer(wanted) * self._unit

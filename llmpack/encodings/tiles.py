@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmpack.parallel import even
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -16,8 +18,11 @@ else:
 
     torch = LazyModule("torch")
 
-TILE = 1 << 16
-"""Numbers per tile of a scale search: a handful of such float32 arrays stays in a level 2 cache."""
+TILE = 1 << 20
+"""Numbers per tile of a scale search: enough that the hundreds of operations on it cost more than being called."""
+
+LEAST = 1 << 16
+"""Numbers per tile under which another thread is not worth its while."""
 
 SLAB = 1 << 22
 """Numbers per run of rows where whole rows are encoded or decoded."""
@@ -74,6 +79,12 @@ def runs(rows: int, columns: int, numbers: int) -> Iterator[slice]:
     step = max(1, numbers // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def tiles(rows: int, columns: int) -> list[slice]:
+    """Runs of whole rows for a scale search, enough for all threads if they are long enough."""
+    columns = max(1, columns)
+    return even(rows, max(1, TILE // columns), max(1, LEAST // columns))
 
 
 def upright(W: Tensor, group: int) -> Tensor:

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from llmpack.algorithms.drift import HELD_EVERY, HELD_TOKENS, STRIP
 from llmpack.algorithms.gptq import ROWS
 from llmpack.algorithms.hessian import TILE
+from llmpack.encodings.tiles import TILE as SEARCHED
 from llmpack.models.forward import BATCH_TOKENS
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.parallel import AT_ONCE
 
 MIB = 1 << 20
 BASE = 450 * MIB
 """Interpreter, torch, transformers with the classes of a family, tokenizer, and what their heaps keep."""
 WIDTHS, INNER_WIDTHS = 3, 3
 """Hidden states, and inner states of a feed-forward part, that are alive at once while a batch runs through a block."""
+SEARCH = 44
+"""Bytes for each number whose scale is searched: eleven arrays of them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,10 @@ def plain_moments(target: ModelGraph) -> list[Moment]:
     block = max((sum(spec.nbytes for spec in target.block(i)) for i in _kinds(target)), default=0)
     return [
         Moment("embedding and head", (_base(), Part("rounded matrices", _outside(target)), _slab(target))),
-        Moment("rounding", (_base(), Part("one matrix and its codes", 8 * largest), Part("rounded so far", block))),
+        Moment(
+            "rounding",
+            (_base(), Part("one matrix and its codes", 8 * largest + _search(largest)), Part("rounded so far", block)),
+        ),
     ]
 
 
@@ -116,7 +123,11 @@ def _slab(target: ModelGraph) -> Part:
     from llmpack.steps.blocks import SLAB
 
     largest = max((spec.parameters for spec in target.outside), default=0)
-    return Part("rows being rounded", 12 * min(SLAB, largest))
+    return Part("rows being rounded", 12 * min(SLAB, largest) + _search(min(SLAB, largest)))
+
+
+def _search(numbers: int) -> int:
+    return SEARCH * min(numbers, AT_ONCE * SEARCHED)
 
 
 def _block_moments(graph: ModelGraph, target: ModelGraph, index: int, batch: Batch, walk: Walk) -> Iterator[Moment]:
@@ -176,11 +187,11 @@ def _rounding(specs: list[TensorSpec], walk: Walk) -> tuple[Part, ...]:
     rows, columns = sum(spec.shape[0] for spec in specs), specs[0].shape[1]
     largest = max(spec.parameters for spec in specs)
     if not walk.factored:
-        return (Part("one matrix and its codes", 8 * largest),)
-    tile = min(rows, ROWS) * columns
+        return (Part("one matrix and its codes", 8 * largest + _search(largest)),)
+    tile = min(rows, AT_ONCE * ROWS) * columns
     return (
         Part("matrices and their codes", 5 * numbers),
-        Part("rows being rounded", max(20 * tile, (9 if walk.refined else 5) * largest)),
+        Part("rows being rounded", max(_search(largest), 16 * tile, (9 if walk.refined else 5) * largest)),
     )
 
 
