@@ -56,6 +56,7 @@ def test_a_build_is_what_the_plan_said_and_passes(built):
         == sum((built.final / f).stat().st_size for f in built.artifact.sizes)
     )
     assert bundle.model == built.final
+    assert built.summary()["model"]["file"] == "config.json"
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "LICENSE"} <= bundle.digests.keys()
     made = bundle.manifest["made"]["artifact"]
     assert made["files"] == {name: sha256_file(built.final / name) for name in built.artifact.sizes}
