@@ -35,7 +35,8 @@ RECIPE = "recipe.toml"
 LOCK = "recipe.lock.json"
 SUMS = "SHA256SUMS"
 CONFIG = "config.json"
-REQUIRED = (MANIFEST, CARD, RECIPE, LOCK, SUMS)
+REQUIRED = (MODEL, MANIFEST, CARD, RECIPE, LOCK, SUMS)
+"""What a bundle has; one of a model folder has CONFIG and weights in place of MODEL."""
 MAX_SMALL_FILE = 64 << 20  # of the manifest and the list of digests
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -151,7 +152,7 @@ def _listed(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 def _missing_or_more(folder: Path, listed: Mapping[str, str]) -> Iterator[str]:
     present = {path.name for path in folder.iterdir()}
-    needed = REQUIRED if CONFIG in present else (MODEL, *REQUIRED)
+    needed = [name for name in REQUIRED if name != MODEL or CONFIG not in present]
     for name in needed:
         if name not in present:
             yield f"{name} is missing; a bundle has it"
@@ -207,7 +208,7 @@ def copy_licences(files: Sequence[Path], folder: Path) -> list[str]:
     names: list[str] = []
     for file in files:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", file.name).strip("._") or "LICENSE"
-        taken = {name.lower() for name in (*names, MODEL, *REQUIRED)}
+        taken = {name.lower() for name in (*names, *REQUIRED)}
         name, number = plain, 2
         while name.lower() in taken:
             name, number = f"{plain}.{number}", number + 1

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llmpack import __version__
 from llmpack.digest import sha256_value
 from llmpack.errors import Problem, VerificationFailed
+from llmpack.formats.bundle import MODEL
 from llmpack.models import FAMILIES
 from llmpack.pipeline.keys import ARITHMETIC, installed, platform_class
 from llmpack.pipeline.state import Artifact, Build
@@ -129,7 +130,8 @@ def made(build: Build) -> dict[str, Any]:
 
 def _artifact_files(artifact: Artifact) -> dict[str, Any]:
     """The file of a GGUF bundle, or every file of a model folder with its digest."""
-    return {"file": artifact.file} if artifact.path.is_file() else {"file": artifact.file, "files": artifact.digests}
+    files = {} if artifact.file == MODEL else {"files": dict(artifact.digests)}
+    return {"file": artifact.file, **files}
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpack.formats.bundle import CONFIG, model_digest
+from llmpack.formats.bundle import CONFIG, MODEL, model_digest
 from llmpack.pipeline.cache import Cache
 from llmpack.progress import QUIET, Progress
 
@@ -92,7 +92,7 @@ class Artifact:
     @property
     def file(self) -> str:
         """The name of the file, or of that with which a loader begins."""
-        return self.path.name if self.path.is_file() else CONFIG
+        return MODEL if MODEL in self.sizes else CONFIG
 
     @property
     def nbytes(self) -> int:

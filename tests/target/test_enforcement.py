@@ -85,7 +85,7 @@ def test_a_budget_that_not_even_the_weights_fit_is_a_row_too(path):
 
 def test_private_memory_beyond_the_limit_is_refused_before_it_is_touched(path, monkeypatch):
     """RLIMIT_DATA alone: with the watch asleep the allocation itself is refused."""
-    monkeypatch.setattr("llmpack.target.enforcement.reserved_bytes", lambda *shape: -90 * MIB)
+    monkeypatch.setattr("llmpack.target.measure.reserved_bytes", lambda *shape: -90 * MIB)
     monkeypatch.setattr("llmpack.runtime.meter.LIMITED_SAMPLE_SECONDS", 60.0)
     found = measure(path, RuntimeSettings(threads=1, load="no-mmap"), CONTEXT, cap=60 * MIB, protocol=SHORT)
     assert isinstance(found, Exceeded)
