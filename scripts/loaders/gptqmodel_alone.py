@@ -1,6 +1,6 @@
 """GPTQModel's own loader on the CPU."""
 
-import torchvision_operator  # noqa: F401 (before GPTQModel)
+import torchvision_operators  # noqa: F401 (before GPTQModel)
 from answers import main
 from gptqmodel import BACKEND, GPTQModel
 

@@ -1,7 +1,7 @@
 """transformers with GPTQModel's kernels on the CPU: plain from_pretrained."""
 
 import torch
-import torchvision_operator  # noqa: F401 (before GPTQModel)
+import torchvision_operators  # noqa: F401 (before GPTQModel)
 from answers import main
 from transformers import AutoModelForCausalLM
 
