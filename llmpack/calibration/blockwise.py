@@ -19,9 +19,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmpack.calibration.activations import Activations
 from llmpack.calibration.corpus import Corpus
 from llmpack.calibration.healing import close, relative_weight
-from llmpack.calibration.walk import Activations
 from llmpack.checkpoint.atomic import write_atomic
 from llmpack.checkpoint.tensors import torch_dtype
 from llmpack.digest import sha256_value

@@ -23,6 +23,7 @@ def listing(what: str) -> Rows:
     lists: dict[str, Callable[[], Rows]] = {
         "steps": _steps,
         "encodings": _encodings,
+        "layouts": _layouts,
         "devices": devices,
         "families": _families,
     }
@@ -60,6 +61,12 @@ def _encodings() -> Rows:
             }
         )
     return rows
+
+
+def _layouts() -> Rows:
+    from llmpack.formats.layouts import LAYOUTS
+
+    return [{"layout": name, "meaning": _first_line(kind)} for name, kind in LAYOUTS.items()]
 
 
 def _families() -> Rows:

@@ -271,7 +271,7 @@ def sensitivity(
 @command
 def list_(
     session: Session,
-    what: Annotated[str, typer.Argument(help="steps, encodings, devices or families.", show_default=False)],
+    what: Annotated[str, typer.Argument(help="steps, encodings, layouts, devices or families.", show_default=False)],
 ) -> None:
     """List what recipes may name."""
     from llmpack.cli.listing import listing

@@ -150,7 +150,8 @@ def show_plan(build: Build) -> None:
     plan = build.plan
     source = build.origin.graph
     print(f"{build.recipe.name}: {source.family}, {source.parameters:,} parameters, {source.block_count} blocks")
-    print(f"model file: {plan.nbytes:,} bytes ({format_size(plan.nbytes)}), {plan.bits_per_weight:.3f} bits per weight")
+    what = "model file" if build.recipe.bundle.format == "gguf" else "model folder"
+    print(f"{what}: {plan.nbytes:,} bytes ({format_size(plan.nbytes)}), {plan.bits_per_weight:.3f} bits per weight")
     before = [source, *(step.graph for step in plan.steps)]
     if plan.bounds is not None:
         low, high = plan.bounds

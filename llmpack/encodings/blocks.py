@@ -36,6 +36,14 @@ class BlockwiseEncoding(GridEncoding):
     steps: ClassVar[Steps]
     reach: ClassVar[int]
 
+    def group_in(self, columns: int) -> int:
+        """Columns that share a scale in rows of that length."""
+        return self.group
+
+    def block_in(self, columns: int) -> int:
+        """Columns of a block in rows of that length."""
+        return self.block
+
     @abstractmethod
     def fit_rows(self, x: Tensor, w: Tensor, rows: int) -> ScaleGrid:
         """The grid of a few rows: numbers and weights upright, [group, rows * groups]."""
@@ -94,7 +102,7 @@ class BlockwiseEncoding(GridEncoding):
         def moved(run: slice) -> ScaleGrid:
             some = own.select_rows(run)
             error = values[run] - some.levels().decode(codes[run])
-            return self.refit_rows(some, Descent(some.multiples(codes[run]), error, hessian, self.group))
+            return self.refit_rows(some, Descent(some.multiples(codes[run]), error, hessian, own.group))
 
         return stacked(each(moved, even(rows, max(1, tiles.SLAB // columns))))
 
@@ -103,27 +111,33 @@ class BlockwiseEncoding(GridEncoding):
         own = self._own(codes, grid)
         if not 0 <= int(codes.min()) <= int(codes.max()) < self.steps.codes:
             raise ValueError(f"{self.name} has codes 0 .. {self.steps.codes - 1}")
-        plain = codes.to(torch.uint8).cpu().contiguous().numpy().reshape(-1, self.block)
+        plain = codes.to(torch.uint8).cpu().contiguous().numpy().reshape(-1, self.block_in(grid.columns))
         return self.pack_blocks(plain, own).reshape(grid.rows, self.row_bytes(grid.columns))
 
     def unpack(self, packed: np.ndarray, columns: int) -> tuple[Tensor, Grid]:
         """Exact inverse of `pack`: codes [rows, columns] int32 and the grid."""
         rows = tiles.packed_matrix(packed, self, columns)
-        blocks = np.ascontiguousarray(rows).reshape(-1, self.block_bytes)
+        blocks = np.ascontiguousarray(rows).reshape(rows.shape[0] * (columns // self.block_in(columns)), -1)
         codes, grid = self.unpack_blocks(blocks, rows.shape[0])
         return torch.from_numpy(codes.reshape(rows.shape[0], columns)).to(torch.int32), grid
 
+    def owns(self, grid: ScaleGrid) -> bool:
+        """Whether it stores codes on a grid of that kind."""
+        return grid.steps == self.steps and grid.group == self.group_in(grid.columns)
+
     def _own(self, codes: Tensor, grid: Grid) -> ScaleGrid:
-        if not isinstance(grid, ScaleGrid) or grid.steps != self.steps or grid.group != self.group:
+        if not isinstance(grid, ScaleGrid) or not self.owns(grid):
             raise ValueError(f"the grid was not fitted for {self.name}")
         if codes.shape != (grid.rows, grid.columns):
             raise ValueError(f"codes {list(codes.shape)} on a grid of {grid.rows} x {grid.columns}")
         return grid
 
     def _fit(self, W: Tensor, weights: Tensor | None) -> ScaleGrid:
+        group, block = self.group_in(W.shape[1]), self.block_in(W.shape[1])
+
         def fitted(run: slice) -> ScaleGrid:
-            x = tiles.upright(W[run], self.group)
-            return self.fit_rows(x, tiles.upright_weights(weights, W[run], self.group, self.block), len(W[run]))
+            x = tiles.upright(W[run], group)
+            return self.fit_rows(x, tiles.upright_weights(weights, W[run], group, block), len(W[run]))
 
         return stacked(each(fitted, tiles.tiles(*W.shape)))
 
@@ -134,6 +148,10 @@ class BlockEncoding(BlockwiseEncoding):
     block = 32
     group = 32
     has_minimum: ClassVar[bool] = False
+
+    def owns(self, grid: ScaleGrid) -> bool:
+        """Whether it stores codes on a grid of that kind."""
+        return super().owns(grid) and isinstance(grid, BlockGrid) and (grid.m is not None) == self.has_minimum
 
     @abstractmethod
     def pack_codes(self, codes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Grids of GGUF blocks: every scale and minimum as the file stores them."""
+"""Grids of GGUF blocks and int groups: every scale, minimum and zero as the file stores them."""
 
 from __future__ import annotations
 
@@ -172,6 +172,52 @@ class BlockGrid(ScaleGrid):
         if d is None:
             raise ValueError("a block grid has scales")
         return BlockGrid(d, m, self.steps, self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroGrid(ScaleGrid):
+    """A scale per group, and the code that stands for zero in it: ``value = scale * (code - zero)``.
+
+    d      [rows, groups] float16
+    zeros  [rows, groups] uint8
+    """
+
+    d: Tensor
+    zeros: Tensor
+    steps: Steps
+    group: int
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """[rows, groups] float32."""
+        return self.d.to(torch.float32)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """None: zero is a code."""
+        return None
+
+    @property
+    def stored(self) -> Stored:
+        """d and zeros."""
+        return self.d, self.zeros
+
+    def holding(self, stored: Stored) -> ZeroGrid:
+        """The grid of another d and zeros."""
+        d, zeros = stored
+        if d is None or zeros is None:
+            raise ValueError("a grid with zeros has scales and zeros")
+        return ZeroGrid(d, zeros, self.steps, self.group)
+
+    def levels(self, columns: Tensor | slice | None = None) -> Levels:
+        """Dense levels of the columns (all, in order, for None); float32."""
+        groups = self.group_of if columns is None else self.group_of[columns]
+        zeros = self.zeros.index_select(1, groups).to(torch.int32)
+        return Levels(scale=self.scales.index_select(1, groups), high=self.steps.codes - 1, zero=zeros)
+
+    def multiples(self, codes: Tensor) -> Tensor:
+        """What codes stand for in units of their scale, float32."""
+        return codes.to(torch.float32) - self.zeros.index_select(1, self.group_of).to(torch.float32)
 
 
 @dataclass(frozen=True, eq=False)

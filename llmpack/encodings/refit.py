@@ -26,7 +26,7 @@ else:
 
 SWEEPS = 4
 RUN = 256
-"""Columns whose parameters see each other's moves at once; those of a super-block are among them."""
+"""Columns whose parameters see each other's moves at once, a group at least; those of a super-block are among them."""
 
 Store = Callable[["Tensor"], "Tensor"]
 
@@ -47,10 +47,10 @@ class Descent:
 
     def runs(self) -> Iterator[Run]:
         """Runs of columns, several times over; what one has moved reaches all others when the next is asked for."""
-        columns = len(self.q)
+        columns, length = len(self.q), max(RUN, self.group)
         for sweep in range(SWEEPS):
-            for start in range(0, columns, RUN):
-                some = slice(start, min(start + RUN, columns))
+            for start in range(0, columns, length):
+                some = slice(start, min(start + length, columns))
                 run = Run(self, some)
                 yield run
                 if sweep + 1 < SWEEPS and start:

@@ -1,6 +1,7 @@
 """A bundle: the folder that ships. Flat, checked by digests, and either there whole or not there.
 
-model.gguf         the model
+model.gguf         the model; or, as transformers saves one:
+  config.json, *.safetensors (with model.safetensors.index.json), tokenizer files
 manifest.json      what it was made from and how, and what was measured
 README.md          the model card
 LICENSE, NOTICE    texts of the source, under their own names
@@ -23,7 +24,7 @@ from typing import Any
 
 from llmpack.checkpoint.atomic import copy_atomic, is_temporary, publish_folder, temporary_name, write_atomic
 from llmpack.checkpoint.strict_json import parse_json
-from llmpack.digest import sha256_file
+from llmpack.digest import sha256_file, sha256_value
 from llmpack.errors import Problem, UsageError, VerificationFailed
 from llmpack.progress import QUIET, Progress
 
@@ -33,7 +34,9 @@ CARD = "README.md"
 RECIPE = "recipe.toml"
 LOCK = "recipe.lock.json"
 SUMS = "SHA256SUMS"
+CONFIG = "config.json"
 REQUIRED = (MODEL, MANIFEST, CARD, RECIPE, LOCK, SUMS)
+"""What a bundle has; one of a model folder has CONFIG and weights in place of MODEL."""
 MAX_SMALL_FILE = 64 << 20  # of the manifest and the list of digests
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -73,8 +76,8 @@ class Bundle:
     def open(cls, folder: Path, *, contents: bool = True, progress: Progress = QUIET) -> Bundle:
         """Open a folder that anybody may have made or changed.
 
-        contents  compare the digest of every file; without it only names are compared, and model.gguf may have
-                  been changed without being noticed
+        contents  compare the digest of every file; without it only names are compared, and the model may have been
+                  changed without being noticed
 
         Raises VerificationFailed with every difference, UsageError if there is no such folder.
         """
@@ -98,8 +101,8 @@ class Bundle:
 
     @property
     def model(self) -> Path:
-        """The GGUF file."""
-        return self.folder / MODEL
+        """The GGUF file, or the folder itself where it holds a model as transformers saves one."""
+        return self.folder / MODEL if MODEL in self.digests else self.folder
 
     @property
     def nbytes(self) -> int:
@@ -149,10 +152,11 @@ def _listed(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 def _missing_or_more(folder: Path, listed: Mapping[str, str]) -> Iterator[str]:
     present = {path.name for path in folder.iterdir()}
-    for name in REQUIRED:
+    needed = [name for name in REQUIRED if name != MODEL or CONFIG not in present]
+    for name in needed:
         if name not in present:
             yield f"{name} is missing; a bundle has it"
-    for name in sorted(listed.keys() - present - set(REQUIRED)):
+    for name in sorted(listed.keys() - present - set(needed)):
         yield f"{name} is listed in {SUMS} and missing"
     for name in sorted(present - listed.keys() - {SUMS}):
         yield f"{name} is not listed in {SUMS}"
@@ -179,6 +183,11 @@ def _manifest(folder: Path) -> tuple[Any, list[str]]:
     except ValueError as fault:
         return None, [f"{MANIFEST}: {fault}"]
     return (manifest, []) if isinstance(manifest, dict) else (None, [f"{MANIFEST} holds no JSON object"])
+
+
+def model_digest(digests: Mapping[str, str]) -> str:
+    """What stands for a model: the digest of its one file, or of the digests of its files by name."""
+    return next(iter(digests.values())) if len(digests) == 1 else sha256_value(dict(digests))
 
 
 def write_sums(folder: Path) -> None:

@@ -35,6 +35,7 @@ class Card:
     verdict    rows of the verdict, its head first: a column for each device, or found, status and evidence of one
     notes      what a user should know
     recipe     the recipe's text
+    layout     of a safetensors folder; None for a GGUF file
     """
 
     title: str
@@ -44,6 +45,7 @@ class Card:
     parameters: int
     recipe: str
     relation: str = "quantized"
+    layout: str | None = None
     encodings: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     quality: Sequence[tuple[str, str]] = ()
     verdict: Sequence[tuple[str, ...]] = ()
@@ -51,7 +53,7 @@ class Card:
 
     def text(self) -> str:
         """The card, front matter first; the same facts give the same bytes."""
-        parts = [f"---\n{self._front_matter()}\n---", f"# {_line(self.title)}", self._opening(), _use()]
+        parts = [f"---\n{self._front_matter()}\n---", f"# {_line(self.title)}", self._opening(), self._use()]
         encodings = [(name, str(count), format_size(nbytes)) for name, (count, nbytes) in self.encodings.items()]
         parts += _table("What is inside", ("encoding", "tensors", "bytes"), encodings)
         parts += _table("Quality against the source", ("measure", "value"), self.quality)
@@ -65,6 +67,7 @@ class Card:
     def _front_matter(self) -> str:
         facts = self.facts
         repositories = [_repository(model) for model in facts.base_models or ()]
+        kind, library = ("gguf", "gguf") if self.layout is None else ("safetensors", "transformers")
         data = huggingface_hub.ModelCardData(
             license=facts.license,
             license_name=facts.license_name,
@@ -72,8 +75,10 @@ class Card:
             language=list(facts.languages) or None,
             base_model=[name for name in repositories if name] or None,
             base_model_relation=self.relation if any(repositories) else None,
-            library_name="gguf",
-            tags=list(dict.fromkeys(("gguf", "llmpack", *facts.tags))),
+            library_name=library,
+            tags=list(
+                dict.fromkeys((kind, "llmpack", *(tag for tag in facts.tags if tag not in ("gguf", "safetensors"))))
+            ),
             quantized_by=f"llmpack {__version__}",
             ignore_metadata_errors=True,
         )
@@ -87,6 +92,19 @@ class Card:
             "How it was made and what was measured, in full: `manifest.json`."
         )
 
+    def _use(self) -> str:
+        if self.layout is None:
+            return (
+                "```sh\nllmpack run . 'Your prompt'     # or any program that reads GGUF: llama-cli -m model.gguf\n```"
+            )
+        lines = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained(".")',
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+        )
+        return f"```sh\nllmpack run . 'Your prompt'\n```\n\n```python\n{chr(10).join(lines)}\n```"
+
     def _licence(self) -> str:
         facts = self.facts
         if facts.license is None:
@@ -94,10 +112,6 @@ class Card:
         name = facts.license_name or facts.license
         link = f" ({_line(facts.license_link)})" if facts.license_link else ""
         return f"## Licence\n\n{_line(name)}{link}, as the source says; its texts lie beside this file."
-
-
-def _use() -> str:
-    return "```sh\nllmpack run . 'Your prompt'     # or any program that reads GGUF: llama-cli -m model.gguf\n```"
 
 
 def _repository(model: Mapping[str, str]) -> str | None:

@@ -33,7 +33,8 @@ tensor. The differences, all meant, each with a test (tests/formats/test_convert
     Gemma, Phi-3 without               stops                              SentencePiece's vocabulary, from
     tokenizer.model                                                       tokenizer.json
 
-Nothing is rounded here but float to float: codes that a step chose are copied.
+Nothing is rounded here but float to float: codes that a step chose are copied. Int groups whose levels a block of GGUF
+has become such blocks with the same codes (`llmpack.encodings.conversion`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from llmpack.checkpoint.atomic import disk_errors, replaced_when_whole, require_space
+from llmpack.checkpoint.tensors import chunks
 from llmpack.encodings import encoding
+from llmpack.encodings.conversion import as_blocks, block_encoding, is_exact
+from llmpack.encodings.names import INT_NAMES
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.formats.facts import Facts
 from llmpack.formats.gguf_container import Container, TensorEntry, Value, keys_nbytes, padded
@@ -59,7 +63,13 @@ from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
+    import torch
+
     from llmpack.checkpoint.checkpoint import Checkpoint
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
 
 FLOATS = ("f32", "f16", "bf16")
 CHUNK = 8 << 20
@@ -87,11 +97,14 @@ class GgufFormat:
         Raises StepFailed, naming every tensor for which GGUF has no name, or no type for its encoding.
         """
         homeless = [t.name for t in graph.tensors if t.gguf_name is None]
-        unknown = [f"{t.name} ({t.encoding})" for t in graph.tensors if encoding(t.encoding).ggml_type is None]
+        unknown = [f"{t.name} ({t.encoding})" for t in graph.tensors if _type_of(t.encoding) is None]
         if homeless or unknown:
             listed = [f"without a name: {', '.join(homeless)}"] if homeless else []
             listed += [f"without a type: {', '.join(unknown)}"] if unknown else []
-            raise StepFailed(f"a GGUF file cannot hold tensors {'; '.join(listed)}; choose another encoding or format")
+            again = any(t.encoding in INT_NAMES for t in graph.tensors if _type_of(t.encoding) is None)
+            twice = " (another encoding would be a second quantization of these codes)" if again else ""
+            told = f"a GGUF file cannot hold tensors {'; '.join(listed)}{twice}"
+            raise StepFailed(f"{told}; choose another encoding in the step that quantizes, or another format")
         return graph.with_encodings(self._encoding_in_file)
 
     def _encoding_in_file(self, spec: TensorSpec) -> str:
@@ -99,7 +112,15 @@ class GgufFormat:
             return "f32"  # llama.cpp computes with these in single precision and reads nothing else
         if self.floats is not None and spec.encoding in FLOATS:
             return self.floats
-        return spec.encoding
+        return block_encoding(spec.encoding) or spec.encoding
+
+    def totals(self, graph: ModelGraph) -> dict[str, tuple[int, int]]:
+        """Tensors and bytes in the file, by encoding."""
+        found: dict[str, tuple[int, int]] = {}
+        for spec in self.encode_graph(graph).tensors:
+            count, nbytes = found.get(spec.encoding, (0, 0))
+            found[spec.encoding] = (count + 1, nbytes + spec.nbytes)
+        return found
 
     def container(self, graph: ModelGraph, checkpoint: Checkpoint, facts: Facts) -> Container:
         """Everything of the file but its rows; reads the checkpoint's tokenizer files and no tensor.
@@ -186,7 +207,8 @@ def file_rows(checkpoint: Checkpoint, spec: TensorSpec, nbytes: int = CHUNK) -> 
     stored = checkpoint.tensors[spec.name]
     packed, spec = checkpoint.packed(spec.name), _as_matrix(spec)
     packed = packed.reshape(spec.shape[0], -1)
-    if stored.encoding != spec.encoding and not {stored.encoding, spec.encoding} <= set(FLOATS):
+    regrouped = block_encoding(stored.encoding) == spec.encoding
+    if stored.encoding != spec.encoding and not regrouped and not {stored.encoding, spec.encoding} <= set(FLOATS):
         raise StepFailed(
             f"{spec.name} is stored as {stored.encoding} and the bundle wants {spec.encoding}; "
             "only a quantize step turns the one into the other"
@@ -197,8 +219,37 @@ def file_rows(checkpoint: Checkpoint, spec: TensorSpec, nbytes: int = CHUNK) -> 
     step = max(1, nbytes // max(1, packed.shape[1]))
     for start in range(0, len(packed), step):
         rows = packed[start : start + step] if order is None else packed[order[start : start + step]]
+        if regrouped:
+            yield as_blocks(rows, stored.encoding, spec.shape[-1])
+            continue
         same = stored.encoding == spec.encoding and not offset
         yield rows if same else _converted(rows, stored.encoding, spec, offset)
+
+
+def rounded_minima(checkpoint: Checkpoint, graph: ModelGraph) -> tuple[int, float]:
+    """How many matrices of int groups get minima rounded to float16 in the file, and what that costs.
+
+    The cost is the root of the squared differences as a share of the root of all squared numbers.
+    """
+    count, lost, total = 0, 0.0, 0.0
+    for spec in graph.tensors:
+        stored = checkpoint.tensors[spec.name].encoding
+        if block_encoding(stored) != spec.encoding or is_exact(stored):
+            continue
+        count += 1
+        packed = checkpoint.packed(spec.name)
+        for rows in chunks(packed):
+            before = encoding(stored).decode(rows, spec.shape[-1])
+            after = encoding(spec.encoding).decode(as_blocks(rows, stored, spec.shape[-1]), spec.shape[-1])
+            lost += float((after - before).square().sum(dtype=torch.float64))
+            total += float(before.square().sum(dtype=torch.float64))
+        checkpoint.release([spec.name])
+    return count, (lost / total) ** 0.5 if total else 0.0
+
+
+def _type_of(name: str) -> int | None:
+    """The type id in a GGUF file of an encoding or of the blocks that hold its codes."""
+    return encoding(block_encoding(name) or name).ggml_type
 
 
 def _as_matrix(spec: TensorSpec) -> TensorSpec:

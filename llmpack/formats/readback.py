@@ -17,13 +17,14 @@ import numpy as np
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import InputRejected, Problem, RuntimeFailed, VerificationFailed
 from llmpack.formats.facts import Facts
-from llmpack.formats.gguf import GgufFormat, file_rows
+from llmpack.formats.gguf import GgufFormat, file_rows, rounded_minima
 from llmpack.formats.gguf_container import Container, Value, ValueType
 from llmpack.formats.probes import CONVERSATIONS, TEXTS, special_texts
-from llmpack.formats.reference_tokenizer import ReferenceTokenizer, TemplateRefusedError
+from llmpack.formats.reference_tokenizer import CheckpointTokenizer, ReferenceTokenizer, TemplateRefusedError
 from llmpack.models.graph import ModelGraph
 from llmpack.progress import QUIET, Progress
 from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.runtime import Runtime
 from llmpack.runtime.settings import RuntimeSettings
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ def read_back(
     problems = [Problem(p.message, p.path, str(path)) for p in (*text_problems, *render_problems)]
     if problems:
         raise VerificationFailed(problems)
+    count, share = rounded_minima(checkpoint, file_format.encode_graph(graph))
+    if count:
+        changed = f"{count} matrices of int groups were written as blocks with their minima rounded to float16"
+        notes = (*notes, f"{changed}: a relative change of {share:.2g}")
     return ReadBack(len(container.tensors), container.nbytes, texts, rendered, notes)
 
 
@@ -149,7 +154,7 @@ def _row_differences(file: GgufFile, checkpoint: Checkpoint, graph: ModelGraph, 
             done(spec.nbytes)
 
 
-def compare_texts(runtime: LlamaRuntime, reference: ReferenceTokenizer) -> tuple[int, list[Problem]]:
+def compare_texts(runtime: Runtime, reference: CheckpointTokenizer) -> tuple[int, list[Problem]]:
     """How many tokenizations were compared, and which differ; plain texts, then texts with special tokens in them."""
     texts = [*TEXTS, *special_texts(list(reference.special)[:MOST_SPECIAL])]
     problems, compared = [], 0
@@ -161,13 +166,15 @@ def compare_texts(runtime: LlamaRuntime, reference: ReferenceTokenizer) -> tuple
                 compared += 1
                 if ids != expected:
                     how = f"add_special={add_special}, parse_special={parse_special}"
-                    message = f"{text!r} is {ids} to llama.cpp and {expected} to the checkpoint's tokenizer ({how})"
+                    message = (
+                        f"{text!r} is {ids} to {runtime.title} and {expected} to the checkpoint's tokenizer ({how})"
+                    )
                     problems.append(Problem(message, path="tokenizer"))
     return compared, problems
 
 
 def compare_conversations(
-    runtime: LlamaRuntime, reference: ReferenceTokenizer
+    runtime: Runtime, reference: CheckpointTokenizer
 ) -> tuple[int, list[Problem], tuple[str, ...]]:
     """How many renderings were compared, which differ, and what is worth a note.
 
@@ -186,7 +193,8 @@ def compare_conversations(
             shown = shown or f"transformers refuses it ({refusal})"
         roles = ", ".join(message["role"] for message in messages)
         if rendered != expected:
-            message = f"a conversation ({roles}) is {rendered!r} to llama.cpp and {expected!r} to transformers. {shown}"
+            saw = f"{rendered!r} to {runtime.title} and {expected!r} to the checkpoint's own tokenizer"
+            message = f"a conversation ({roles}) is {saw}. {shown}"
             problems.append(Problem(message, path="chat_template"))
         elif rendered is None:
             refused.append(roles)
@@ -204,10 +212,10 @@ def compare_conversations(
     return len(CONVERSATIONS) - len(refused), problems, tuple(notes)
 
 
-def _rendering(runtime: LlamaRuntime, messages: Sequence[Mapping[str, str]]) -> tuple[str, str | None]:
+def _rendering(runtime: Runtime, messages: Sequence[Mapping[str, str]]) -> tuple[str, str | None]:
     try:
         return "", runtime.render(messages)
     except RuntimeFailed as failure:
         if failure.kind != "refused":
             raise
-        return f"llama.cpp refuses it ({failure})", None
+        return f"{runtime.title} refuses it ({failure})", None

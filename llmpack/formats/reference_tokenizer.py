@@ -45,14 +45,57 @@ class TemplateRefusedError(LlmpackError):
     exit_code = 8
 
 
-class ReferenceTokenizer:
-    """Expected token ids and renderings of a checkpoint.
+class CheckpointTokenizer:
+    """Token ids and renderings of a checkpoint, as transformers finds them.
+
+    special  id by text of the tokens that stand for something else than text
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.theirs = load_tokenizer(checkpoint)
+        self.special = {str(token): i for i, token in self.theirs.added_tokens_decoder.items() if token.special}
+
+    @property
+    def by_stretches(self) -> bool:
+        """True where a runtime splits text at special tokens, and transformers may not."""
+        return False
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Expected ids.
+
+        add_special    with the tokens that stand around every text
+        parse_special  read special tokens in the text as such
+        """
+        return self.transformers_ids(text, add_special=add_special, parse_special=parse_special)
+
+    def transformers_ids(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Ids as transformers finds them."""
+        found: Any = self.theirs(text, add_special_tokens=add_special, split_special_tokens=not parse_special)
+        return list(found["input_ids"])
+
+    @property
+    def has_template(self) -> bool:
+        """True if there is a chat template that is used unasked."""
+        template = self.theirs.chat_template
+        return "default" in template if isinstance(template, dict) else template is not None
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation under the chat template, with the opening of an answer. Raises TemplateRefusedError."""
+        try:
+            conversation = [dict(message) for message in messages]
+            return str(self.theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as refusal:
+            raise TemplateRefusedError(f"{type(refusal).__name__}: {refusal}") from refusal
+
+
+class ReferenceTokenizer(CheckpointTokenizer):
+    """Expected token ids and renderings of a checkpoint in llama.cpp.
 
     keys  the ``tokenizer.*`` keys of its GGUF file: token texts and types, special ids, flags
     """
 
     def __init__(self, checkpoint: Checkpoint, keys: dict[str, Value]) -> None:
-        self.theirs = load_tokenizer(checkpoint)
+        super().__init__(checkpoint)
         tokens, types = keys["tokenizer.ggml.tokens"].data, keys["tokenizer.ggml.token_type"].data
         self.special = {t: i for i, t in enumerate(tokens) if types[i] == PieceType.CONTROL}
         self._defined = {t: i for i, t in enumerate(tokens) if types[i] == PieceType.USER_DEFINED}
@@ -86,25 +129,6 @@ class ReferenceTokenizer:
             ids.append(known[match[0]])
             at = match.end()
         return ids + list(self._stretch(text[at:]) if at < len(text) else [])
-
-    def transformers_ids(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Ids as transformers finds them."""
-        found: Any = self.theirs(text, add_special_tokens=add_special, split_special_tokens=not parse_special)
-        return list(found["input_ids"])
-
-    @property
-    def has_template(self) -> bool:
-        """True if there is a chat template that is used unasked."""
-        template = self.theirs.chat_template
-        return "default" in template if isinstance(template, dict) else template is not None
-
-    def render(self, messages: Sequence[Message]) -> str:
-        """A conversation under the chat template, with the opening of an answer. Raises TemplateRefusedError."""
-        try:
-            conversation = [dict(message) for message in messages]
-            return str(self.theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as refusal:
-            raise TemplateRefusedError(f"{type(refusal).__name__}: {refusal}") from refusal
 
 
 def _stretch_encoder(files: TokenizerFiles, prefix: bool) -> Callable[[str], Sequence[int]]:

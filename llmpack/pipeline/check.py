@@ -8,7 +8,7 @@ that does not cover is measured: where the device is this machine, or on a devic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.packed import Packed, given
 from llmpack.pipeline.terms import Terms, placed, read_terms
 from llmpack.pipeline.toml_positions import TomlDocument
+from llmpack.runtime.settings import foreign_to_transformers
 from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, judge
 from llmpack.target.cure import cures
 from llmpack.target.device import HOST, Device, device
@@ -141,6 +142,9 @@ def _devices(names: Sequence[str], terms: Terms, packed: Packed, document: TomlD
     """The devices of these names. Raises RecipeError with everything that is wrong about them and the budget."""
     found: list[Device] = []
     problems: list[Problem] = []
+    if not packed.outline.in_llama:
+        wrong = foreign_to_transformers(terms.runtime)
+        problems += [placed(replace(problem, path=f"runtime.{problem.path}"), document) for problem in wrong]
     for name in dict.fromkeys(names):
         try:
             found.append(device(name))
@@ -206,10 +210,11 @@ def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device)
     if not _same_run(finding, terms) or finding.evidence.device != chosen.fingerprint:
         return False
     from llmpack.pipeline.keys import installed
+    from llmpack.runtime.runners import runtime_for
 
-    runtime = installed("llama-cpp-python")
-    made_with = packed.manifest.made["versions"].get("llama-cpp-python") if packed.manifest else None
-    return not is_this_machine(chosen) or runtime is None or runtime == made_with
+    made_with = packed.manifest.made["versions"] if packed.manifest else {}
+    now = {name: installed(name) for name in runtime_for(packed.model.path).packages}
+    return not is_this_machine(chosen) or all(v is None or v == made_with.get(name) for name, v in now.items())
 
 
 def _same_settings(finding: Finding, terms: Terms, names: Sequence[str]) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from llmpack.formats.bundle import CARD, LOCK, MANIFEST, RECIPE, disk_usage
 from llmpack.formats.card import Card
+from llmpack.formats.safetensors_folder import SafetensorsFormat
 from llmpack.pipeline.manifest import Manifest, Observed, lock, made
-from llmpack.pipeline.plan import totals
 from llmpack.pipeline.state import Build
 from llmpack.target.budget import format_figure
 from llmpack.target.verdict_table import device_rows, verdict_rows
@@ -33,22 +33,23 @@ def sums_size(names: Iterable[str]) -> int:
 def bundle_usage(build: Build, small: Mapping[str, bytes], licences: Iterable[Path]) -> int:
     """Bytes of disk that the whole bundle takes."""
     sizes = {name: len(data) for name, data in small.items()}
-    sizes |= {build.artifact.path.name: build.artifact.nbytes}
+    sizes |= build.artifact.sizes
     sizes |= {path.name: path.stat().st_size for path in licences}
     return disk_usage((*sizes.values(), sums_size(sizes)))
 
 
 def _card(build: Build, observed: Observed) -> Card:
-    planned = build.plan
+    planned, form = build.plan, build.plan.file_format
     return Card(
         title=build.recipe.name,
-        relation="finetune" if any(step.trains for step in build.recipe.step) else "quantized",
+        relation=_relation(build),
         facts=planned.facts,
+        layout=form.layout.name if isinstance(form, SafetensorsFormat) else None,
         source=build.recipe.source.model,
         nbytes=build.artifact.nbytes,
         parameters=planned.graph.parameters,
         recipe=build.document.text,
-        encodings=totals(planned.graph),
+        encodings=planned.totals,
         quality=[
             (finding.limit.removeprefix("quality."), format_figure(finding.limit, finding.value))
             for finding in observed.findings
@@ -57,6 +58,13 @@ def _card(build: Build, observed: Observed) -> Card:
         verdict=_verdict_table(observed),
         notes=observed.notes,
     )
+
+
+def _relation(build: Build) -> str:
+    """How the model derives from its base, in the hub's words: other weights, or the same ones in fewer bits."""
+    form = build.plan.file_format
+    plain = isinstance(form, SafetensorsFormat) and form.layout.name == "plain"
+    return "finetune" if plain or any(step.trains for step in build.recipe.step) else "quantized"
 
 
 def _verdict_table(observed: Observed) -> list[tuple[str, ...]]:

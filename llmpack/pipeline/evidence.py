@@ -1,4 +1,4 @@
-"""What is known about a model file: found once, kept under what it depends on, judged as often as needed.
+"""What is known about a model: found once, kept under what it depends on, judged as often as needed.
 
 Kept evidence is used again for the same file, machine, runtime and settings, if it answers what is asked.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.keys import installed
-from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.runners import runtime_for
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import MEASURED_LIMITS, Budget, Evidence, Finding
 from llmpack.target.device import Device
@@ -49,7 +49,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model file that evidence is about, and how it is run."""
+    """The model that evidence is about, a GGUF file or a model folder, and how it is run."""
 
     path: Path
     sha256: str
@@ -63,7 +63,8 @@ def needs_measuring(budget: Budget) -> bool:
 
 def _runtime_facts(subject: Subject) -> dict[str, Any]:
     settings = {**subject.settings.model_dump(mode="json"), "threads": subject.settings.effective_threads}
-    return {"artifact": subject.sha256, "settings": settings, "llama-cpp-python": installed("llama-cpp-python")}
+    versions = {name: installed(name) for name in runtime_for(subject.path).packages}
+    return {"artifact": subject.sha256, "settings": settings, **versions}
 
 
 def kept(cache: Cache, facts: Mapping[str, Any]) -> Found | None:
@@ -186,7 +187,7 @@ def _report(found: Divergence, text: str) -> dict[str, Any]:
 
 
 def _evidence(subject: Subject, device: Device) -> Evidence:
-    with LlamaRuntime() as runtime:
+    with runtime_for(subject.path)() as runtime:
         build = runtime.info()
     return Evidence(
         kind="measurement",
@@ -194,5 +195,5 @@ def _evidence(subject: Subject, device: Device) -> Evidence:
         device=device.fingerprint,
         machine=device.description,
         settings=subject.settings.model_dump(mode="json"),
-        build={"llama.cpp": build.commit, "ggml": build.version},
+        build=dict(build.versions),
     )

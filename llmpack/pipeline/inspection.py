@@ -88,7 +88,7 @@ def inspect(path: Path) -> Inspection:
     if path.is_file():
         return _gguf(path, path, "gguf")
     if (path / "manifest.json").is_file():
-        return _gguf(path / "model.gguf", path, "bundle")
+        return _bundle(path)
     if (path / "config.json").is_file():
         return _checkpoint(path)
     raise UsageError(
@@ -96,9 +96,23 @@ def inspect(path: Path) -> Inspection:
     )
 
 
+def _bundle(path: Path) -> Inspection:
+    if (path / "model.gguf").is_file() or not (path / "config.json").is_file():
+        return _gguf(path / "model.gguf", path, "bundle")
+    from llmpack.pipeline.model_folder import ModelFolder
+
+    folder = ModelFolder.opened(path)
+    rows = tuple(TensorRow(*row) for row in folder.rows())
+    return Inspection("bundle", path, folder.size, _scalars(folder.config), rows)
+
+
+def _scalars(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if isinstance(value, bool | int | float | str)}
+
+
 def _gguf(file: Path, path: Path, kind: str) -> Inspection:
     opened = GgufFile.open(file)
-    facts = {key: value for key, value in opened.metadata.items() if isinstance(value, bool | int | float | str)}
+    facts = _scalars(opened.metadata)
     facts = {key: value for key, value in facts.items() if not isinstance(value, str) or len(value) <= 200}
     rows = tuple(TensorRow(t.name, t.shape, t.encoding, t.nbytes) for t in opened.tensors.values())
     return Inspection(kind, path, opened.size, facts, rows)
@@ -106,7 +120,7 @@ def _gguf(file: Path, path: Path, kind: str) -> Inspection:
 
 def _checkpoint(path: Path) -> Inspection:
     checkpoint = Checkpoint.open(path)
-    facts = {key: value for key, value in checkpoint.config.items() if isinstance(value, bool | int | float | str)}
+    facts = _scalars(checkpoint.config)
     rows = tuple(TensorRow(t.name, t.shape, t.encoding, t.nbytes) for t in checkpoint.tensors.values())
     files = {t.file for t in checkpoint.tensors.values()}
     return Inspection("checkpoint", path, sum(file.stat().st_size for file in files), facts, rows)

@@ -16,6 +16,7 @@ from llmpack.formats.facts import Facts
 from llmpack.formats.gguf import GgufFormat
 from llmpack.formats.gguf_container import ALIGNMENT, padded
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.pipeline.output import ModelFormat
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.steps.quantize_auto import Target
 from llmpack.target.budget import Budget
@@ -33,29 +34,32 @@ PICO = 1e12
 
 
 class FileSize:
-    """Exact bytes of a model file.
+    """Exact bytes of a model.
 
-    Its head is as long whatever the encodings are, so it is made once for a model; the vocabulary in it, which is most
-    of it, is the same for all models that steps make of one source.
+    The head of a GGUF file is as long whatever the encodings are, so it is made once for a model; the vocabulary in it,
+    which is most of it, is the same for all models that steps make of one source.
     """
 
-    def __init__(self, file_format: GgufFormat, checkpoint: Checkpoint, facts: Callable[[ModelGraph], Facts]) -> None:
+    def __init__(self, file_format: ModelFormat, checkpoint: Checkpoint, facts: Callable[[ModelGraph], Facts]) -> None:
         self._format, self._checkpoint, self._facts = file_format, checkpoint, facts
         self._known: tuple[ModelGraph, int] | None = None
         self._words: tuple[dict[str, Any], int] | None = None
 
     def __call__(self, graph: ModelGraph) -> int:
-        """Bytes of the file of a graph."""
-        rows = sum(padded(spec.nbytes) for spec in self._format.encode_graph(graph).tensors)
+        """Bytes of the file, or the files, of a graph."""
+        form = self._format
+        if not isinstance(form, GgufFormat):
+            return form.nbytes(graph, self._checkpoint, self._facts(graph))
+        rows = sum(padded(spec.nbytes) for spec in form.encode_graph(graph).tensors)
         if self._known is None or self._known[0].config is not graph.config:
-            self._known = (graph, self._whole(graph) - rows)
+            self._known = (graph, self._whole(form, graph) - rows)
         return self._known[1] + rows
 
-    def _whole(self, graph: ModelGraph) -> int:
+    def _whole(self, form: GgufFormat, graph: ModelGraph) -> int:
         tokens = {key: value for key, value in graph.config.items() if "token" in key or "vocab" in key}
         if self._words is None or self._words[0] != tokens:
-            self._words = (tokens, self._format.vocabulary_bytes(graph, self._checkpoint))
-        return self._format.nbytes(graph, self._checkpoint, self._facts(graph), self._words[1])
+            self._words = (tokens, form.vocabulary_bytes(graph, self._checkpoint))
+        return form.nbytes(graph, self._checkpoint, self._facts(graph), self._words[1])
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Setting:
     budget: Budget
     runtime: RuntimeSettings
     devices: tuple[Device, ...]
-    file_format: GgufFormat
+    file_format: ModelFormat
     size: FileSize
     small: int
 

@@ -18,14 +18,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llmpack import __version__
 from llmpack.digest import sha256_value
 from llmpack.errors import Problem, VerificationFailed
+from llmpack.formats.bundle import MODEL
 from llmpack.models import FAMILIES
 from llmpack.pipeline.keys import ARITHMETIC, installed, platform_class
-from llmpack.pipeline.plan import totals
-from llmpack.pipeline.state import Build
+from llmpack.pipeline.state import Artifact, Build
 from llmpack.target.budget import Finding, Verdict
 
 FORMAT = 1
-_RECORDED = (*ARITHMETIC, "tokenizers", "safetensors", "pydantic")
+_RECORDED = (*ARITHMETIC, "tokenizers", "safetensors", "pydantic", "bitsandbytes")
 
 
 class Observed(BaseModel):
@@ -116,16 +116,22 @@ def made(build: Build) -> dict[str, Any]:
             for step in build.steps
         ],
         "artifact": {
-            "file": build.artifact.path.name,
+            **_artifact_files(build.artifact),
             "bytes": build.artifact.nbytes,
             "sha256": build.artifact.sha256,
             "parameters": planned.graph.parameters,
             "bits_per_weight": planned.bits_per_weight,
-            "encodings": {name: {"tensors": n, "bytes": b} for name, (n, b) in totals(planned.graph).items()},
+            "encodings": {name: {"tensors": n, "bytes": b} for name, (n, b) in planned.totals.items()},
         },
         "platform": platform_class(planned.threads),
         "versions": {"llmpack": __version__, "python": platform.python_version(), **_versions()},
     }
+
+
+def _artifact_files(artifact: Artifact) -> dict[str, Any]:
+    """The file of a GGUF bundle, or every file of a model folder with its digest."""
+    files = {} if artifact.file == MODEL else {"files": dict(artifact.digests)}
+    return {"file": artifact.file, **files}
 
 
 def _versions() -> dict[str, str]:

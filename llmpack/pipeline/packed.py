@@ -1,4 +1,4 @@
-"""A finished model file as `check` and `eval` take it up again: a bundle with its manifest, or a GGUF file alone.
+"""A finished model as `check` and `eval` take it up again: a bundle with its manifest, or a GGUF file alone.
 
 Modules that only bundles or measuring need are imported where they are needed: a check of a header takes half a second.
 """
@@ -15,6 +15,7 @@ from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import Problem, UsageError, VerificationFailed
 from llmpack.formats.bundle import MANIFEST, Bundle, disk_usage
 from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.model_folder import ModelFolder
 from llmpack.pipeline.toml_positions import TomlDocument
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Finding
@@ -28,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packed:
-    """A model file and what was found out about it.
+    """A model and what was found out about it.
 
     path      as it was given
-    gguf      the model file
-    sha256    of the model file as it is now; empty if its contents were not looked at
+    model     the GGUF file, or the folder of a safetensors bundle
+    sha256    of the model as it is now; empty if its contents were not looked at
     manifest  None for a bare file
     disk      bytes of disk that all files take, in whole blocks
     """
 
     path: Path
-    gguf: GgufFile
+    model: GgufFile | ModelFolder
     sha256: str
     manifest: Manifest | None
     disk: int
@@ -62,21 +63,21 @@ class Packed:
 
         bundle = Bundle.open(path, contents=False)
         manifest = Manifest.read(bundle.manifest, str(path / MANIFEST))
-        gguf = GgufFile.open(bundle.model)
         recorded = manifest.made["artifact"]
-        digest = _digest(gguf, cache) if contents else ""
-        if digest != recorded["sha256"] if contents else gguf.size != recorded["bytes"]:
-            found = f"sha256 {digest}" if contents else f"{gguf.size} bytes"
-            message = f"{bundle.model.name} is not the file that the manifest describes ({found})"
+        model = ModelFolder.open(path, recorded) if bundle.model.is_dir() else GgufFile.open(bundle.model)
+        digest = _digest(model, cache) if contents else ""
+        if digest != recorded["sha256"] if contents else model.size != recorded["bytes"]:
+            found = f"sha256 {digest}" if contents else f"{model.size} bytes"
+            message = f"{recorded['file']} is not the model that the manifest describes ({found})"
             raise VerificationFailed([Problem(message, where=str(path))])
         sizes = [file.stat().st_size for file in path.iterdir()]
-        return cls(path, gguf, digest, manifest, disk_usage(sizes))
+        return cls(path, model, digest, manifest, disk_usage(sizes))
 
     def subject(self, settings: RuntimeSettings) -> Subject:
-        """The model file and how it is run."""
+        """The model and how it is run."""
         from llmpack.pipeline.evidence import Subject
 
-        return Subject(self.gguf.path, self.sha256, settings)
+        return Subject(self.model.path, self.sha256, settings)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -101,13 +102,13 @@ class Packed:
     @cached_property
     def outline(self) -> Outline:
         """What its memory and speed follow from. Raises InputRejected."""
-        return Outline.of_gguf(self.gguf)
+        return self.model.outline if isinstance(self.model, ModelFolder) else Outline.of_gguf(self.model)
 
 
-def _digest(gguf: GgufFile, cache: Cache) -> str:
+def _digest(model: GgufFile | ModelFolder, cache: Cache) -> str:
     from llmpack.pipeline.origin import file_digest
 
-    return file_digest(gguf, cache)
+    return model.digest() if isinstance(model, ModelFolder) else file_digest(model, cache)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

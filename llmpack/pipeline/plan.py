@@ -14,7 +14,6 @@ from typing import Any
 
 from llmpack.errors import EnvironmentProblem, RecipeError, StepFailed
 from llmpack.formats.facts import Facts
-from llmpack.formats.gguf import GgufFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.alternative import Alternative, alternative_to
 from llmpack.pipeline.cache import Cache
@@ -24,6 +23,7 @@ from llmpack.pipeline.corpora import Text
 from llmpack.pipeline.host_memory import HostMemory, host_memory, memory_problem
 from llmpack.pipeline.limits import FileSize, Setting
 from llmpack.pipeline.origin import Origin
+from llmpack.pipeline.output import ModelFormat, file_format, outline_of, require_layout
 from llmpack.pipeline.recipe import Recipe
 from llmpack.pipeline.toml_positions import Key, TomlDocument, dotted
 from llmpack.runtime.settings import usable_cores
@@ -65,7 +65,8 @@ class Plan:
     """What a build will do and make.
 
     graph    as it will stand in the model file
-    nbytes   of the model file, exactly; where a step has still to choose, of a stand-in for what it will make
+    nbytes   of the model file, or of all files of a model folder, exactly;
+             where a step has still to choose, of a stand-in for what it will make
     bounds   of `nbytes`, while a step has still to choose
     disk     of the whole bundle, the small files beside the model estimated
     facts    what the model file will say about itself
@@ -81,7 +82,7 @@ class Plan:
     bounds: tuple[int, int] | None
     disk: int
     facts: Facts
-    file_format: GgufFormat
+    file_format: ModelFormat
     disk_needs: tuple[DiskNeed, ...]
     threads: int
     host_memory: HostMemory
@@ -110,7 +111,12 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Of all tensors, the container not counted."""
-        return 8 * self.graph.nbytes / self.graph.parameters
+        return 8 * sum(nbytes for _, nbytes in self.totals.values()) / self.graph.parameters
+
+    @property
+    def totals(self) -> Mapping[str, tuple[int, int]]:
+        """Tensors and bytes as they are written, by encoding."""
+        return self.file_format.totals(self.graph)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -154,17 +160,18 @@ def make_plan(
     step that needs more memory than the recipe allows.
     """
     devices = _devices(recipe, document)
-    file_format = GgufFormat(recipe.bundle.float)
-    size = FileSize(file_format, origin.checkpoint, lambda graph: bundle_facts(origin, recipe, graph))
+    form = file_format(recipe.bundle)
+    size = FileSize(form, origin.checkpoint, lambda graph: bundle_facts(origin, recipe, graph))
     small = SMALL_FILES + sum(path.stat().st_size for path in origin.located.licence.files)
-    setting = Setting(recipe.budget, recipe.runtime, tuple(devices), file_format, size, small)
+    setting = Setting(recipe.budget, recipe.runtime, tuple(devices), form, size, small)
     threads = recipe.build.threads or usable_cores()
     corpus = calibration.known_digest(cache) if calibration else None
     known = Known(origin.known_digest(cache), corpus, seed_of(recipe), threads)
     steps = follow(recipe, document, origin.graph, known, setting, cache)
     last = steps[-1].graph if steps else origin.graph
+    require_layout(form, last, document)
     try:
-        graph = file_format.encode_graph(last)
+        graph = form.encode_graph(last)
     except StepFailed as error:
         raise RecipeError([document.problem(("bundle", "format"), str(error))]) from error
     trained = graph.config.get("max_position_embeddings")
@@ -173,7 +180,7 @@ def make_plan(
         raise RecipeError([placed(problem, document) for problem in problems])
     nbytes = size(graph)
     disk = nbytes + small
-    outline = Outline.of_graph(graph)
+    outline = outline_of(form, graph)
     to_do = [planned.state != "cached" for planned in steps]
     before = [origin.graph, *(planned.graph for planned in steps)][: len(steps)]
     needs = host_memory(recipe, before, [planned.step for planned in steps], to_do)
@@ -188,7 +195,7 @@ def make_plan(
         bounds=steps[-1].choice.between if steps and steps[-1].open and steps[-1].choice else None,
         disk=disk,
         facts=bundle_facts(origin, recipe, graph),
-        file_format=file_format,
+        file_format=form,
         disk_needs=_disk_needs(recipe, steps, origin, nbytes, cache, out, alternative),
         threads=threads,
         host_memory=needs,
@@ -303,12 +310,3 @@ def require_disk(plan: Plan) -> None:
 def is_host(recipe: Recipe) -> bool:
     """Whether the bundle is for this machine, among others."""
     return HOST in recipe.target.names
-
-
-def totals(graph: ModelGraph) -> Mapping[str, tuple[int, int]]:
-    """Tensors and bytes by encoding."""
-    found: dict[str, tuple[int, int]] = {}
-    for spec in graph.tensors:
-        count, nbytes = found.get(spec.encoding, (0, 0))
-        found[spec.encoding] = (count + 1, nbytes + spec.nbytes)
-    return found

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError
 
 from llmpack.errors import Problem, RecipeError
+from llmpack.pipeline.output import LayoutName, output_problems
 from llmpack.pipeline.recipe_errors import problems_of
 from llmpack.pipeline.sections import Section, TargetSection, Text
 from llmpack.pipeline.toml_positions import TomlDocument, read_toml
@@ -69,10 +70,18 @@ class EvaluationSection(Section):
 class BundleSection(Section):
     """`[bundle]`: what is written."""
 
-    format: Literal["gguf"] = "gguf"
-    """Format of the model file."""
+    format: Literal["gguf", "safetensors"] = "gguf"
+    """`gguf`: one file for llama.cpp; `safetensors`: a model folder for transformers and what builds on it."""
     float: FloatName = "f16"
-    """Type of the matrices that no step quantized (vectors are always f32)."""
+    """Type of what no step quantized (in a GGUF file of the matrices alone, vectors are always f32)."""
+    layout: LayoutName | None = None
+    """How a safetensors folder holds the weights (default `plain`): `llmpack list layouts` shows the others."""
+    double_quant: bool | None = None
+    """Whether a `bnb-` layout stores its scales in 8 bits too (default true)."""
+    keep: tuple[Text, ...] | None = None
+    """Parts that a `bnb-` layout leaves as floats, such as `"attention.v"`, or `"ffn.down@0-3,29"` in some blocks."""
+    shard: Size | None = None
+    """Most bytes of one safetensors file; a larger model gets several and an index. Default: 5 GB."""
 
 
 class BuildSection(Section):
@@ -156,7 +165,7 @@ def _steps(document: TomlDocument, tables: Any) -> tuple[list[Step], list[Proble
 
 def _contradictions(recipe: Recipe, document: TomlDocument) -> list[Problem]:
     """Sections that are each right and do not fit together."""
-    problems = []
+    problems = output_problems(recipe, document)
     for index, step in enumerate(recipe.step):
         if step.needs_corpus and recipe.calibration is None:
             message = f"{step.use} needs text to learn from; add a [calibration] section"

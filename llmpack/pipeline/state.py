@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmpack.formats.bundle import CONFIG, MODEL, model_digest
 from llmpack.pipeline.cache import Cache
 from llmpack.progress import QUIET, Progress
 
@@ -77,11 +78,31 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The model file, written."""
+    """The model, written: a file, or the files of a model folder.
+
+    path     of the file, or of the folder in which other files may lie too
+    sizes    bytes of each file of the model, by name
+    digests  hex sha256 of each, likewise
+    """
 
     path: Path
-    nbytes: int
-    sha256: str
+    sizes: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    @property
+    def file(self) -> str:
+        """The name of the file, or of that with which a loader begins."""
+        return MODEL if MODEL in self.sizes else CONFIG
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes.values())
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the file, or of the digests of all files."""
+        return model_digest(self.digests)
 
 
 @dataclass(frozen=True)
@@ -146,7 +167,7 @@ class Build:
         """The finished bundle as JSON values."""
         return {
             "bundle": str(self.final),
-            "model": {"file": self.artifact.path.name, "bytes": self.artifact.nbytes, "sha256": self.artifact.sha256},
+            "model": {"file": self.artifact.file, "bytes": self.artifact.nbytes, "sha256": self.artifact.sha256},
             "steps": [
                 {"use": step.use, "key": step.key, "cached": step.cached, "found": dict(step.found)}
                 for step in self.steps

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmpack.formats.bundle import MANIFEST, Bundle
 from llmpack.pipeline.manifest import Manifest
-from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.runners import runtime_for
 from llmpack.runtime.settings import RuntimeSettings
 
 
@@ -32,12 +32,12 @@ class Question:
 def ask(folder: Path, question: Question, spoken: Callable[[str], None]) -> dict[str, Any]:
     """The answer of a bundle, whole; `spoken` gets it piece by piece while it comes.
 
-    Raises VerificationFailed for a folder that is no bundle, RuntimeFailed where llama.cpp fails.
+    Raises VerificationFailed for a folder that is no bundle, RuntimeFailed where its runtime fails.
     """
     bundle = Bundle.open(folder, contents=False)
     recipe = Manifest.read(bundle.manifest, str(folder / MANIFEST)).made["recipe"]
     settings = RuntimeSettings.model_validate(recipe["runtime"])
-    with LlamaRuntime() as runtime:
+    with runtime_for(bundle.model)() as runtime:
         runtime.open(bundle.model, settings, int(recipe["budget"]["context"]))
         prompt = question.prompt if question.raw else runtime.render(_messages(question))
         ids = runtime.tokenize(prompt, add_special=question.raw, parse_special=not question.raw)

@@ -7,8 +7,9 @@ from typing import Any
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import InputRejected, Problem, VerificationFailed
-from llmpack.formats.bundle import MANIFEST, Bundle
+from llmpack.formats.bundle import MANIFEST, Bundle, model_digest
 from llmpack.pipeline.manifest import Manifest
+from llmpack.pipeline.model_folder import ModelFolder
 from llmpack.progress import QUIET, Progress
 
 
@@ -21,10 +22,14 @@ def verify_bundle(folder: Path, progress: Progress = QUIET) -> dict[str, Any]:
     manifest = Manifest.read(bundle.manifest, str(folder / MANIFEST))
     artifact = manifest.made["artifact"]
     problems = []
-    if bundle.digests.get(artifact["file"]) != artifact["sha256"]:
-        problems.append(Problem(f"{artifact['file']} is not the file that the manifest describes", where=str(folder)))
+    names = artifact.get("files", [artifact["file"]])
+    if model_digest({name: bundle.digests.get(name, "") for name in names}) != artifact["sha256"]:
+        problems.append(Problem(f"{artifact['file']} is not the model that the manifest describes", where=str(folder)))
     try:
-        GgufFile.open(bundle.model)
+        if bundle.model.is_dir():
+            ModelFolder.open(folder, artifact)
+        else:
+            GgufFile.open(bundle.model)
     except InputRejected as rejected:
         problems += rejected.problems
     if problems:

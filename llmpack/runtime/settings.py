@@ -9,6 +9,8 @@ from typing import Literal, Self
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llmpack.errors import Problem
+
 
 class RuntimeSettings(BaseModel):
     """The ``[runtime]`` table of a recipe, in llama.cpp's terms."""
@@ -45,6 +47,18 @@ class RuntimeSettings(BaseModel):
     def effective_threads(self) -> int:
         """Threads as given, else the physical cores that this process may use."""
         return self.threads if self.threads is not None else usable_cores()
+
+
+LLAMA_ALONE = ("kv", "flash_attention", "load")
+"""Settings that mean nothing to transformers; `ubatch` neither, which computes `batch` tokens at once."""
+
+
+def foreign_to_transformers(settings: RuntimeSettings) -> list[Problem]:
+    """Settings that transformers, which runs safetensors bundles, does not have; `path` names the key."""
+    usual = RuntimeSettings()
+    text = "is a setting of llama.cpp; a safetensors bundle runs in transformers, leave it out"
+    changed = [name for name in LLAMA_ALONE if getattr(settings, name) != getattr(usual, name)]
+    return [Problem(f"{name} {text}", name) for name in changed]
 
 
 def usable_cores() -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from llmpack.encodings import ENCODINGS
+from llmpack.encodings.names import INT_NAMES
 from llmpack.errors import Problem, RecipeError
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.models.selection import Selection
 from llmpack.registry import suggestion
 from llmpack.steps.step import Step
 
@@ -26,37 +26,6 @@ def _known_encoding(name: str) -> str:
 
 EncodingName = Annotated[str, AfterValidator(_known_encoding)]
 """Name of an encoding, as `llmpack list encodings` shows them."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which tensors an exception means: ``ffn.down`` in all blocks, or ``ffn.down@0-3,29`` in some."""
-
-    text: str
-    part: str
-    blocks: tuple[tuple[int, int], ...]
-
-    def __contains__(self, spec: TensorSpec) -> bool:
-        block = -1 if spec.block is None else spec.block
-        return spec.part == self.part and (not self.blocks or any(a <= block <= b for a, b in self.blocks))
-
-    @classmethod
-    def parse(cls, text: str) -> Selection:
-        """Read ``part`` or ``part@first-last,block``. Raises ValueError for anything else."""
-        part, at, ranges = text.partition("@")
-        if not at:
-            return cls(text, part, ())
-        blocks = []
-        for piece in ranges.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
-            if match is None:
-                raise ValueError(f'`{text}` is no selection; write a part and blocks like "ffn.down@0-3,29"')
-            first = int(match[1])
-            last = first if match[2] is None else int(match[2])
-            if last < first:
-                raise ValueError(f"`{text}`: blocks {first}-{last} run backwards")
-            blocks.append((first, last))
-        return cls(text, part, tuple(blocks))
 
 
 def _readable(exceptions: dict[str, str]) -> dict[str, str]:
@@ -166,7 +135,7 @@ def _problem(text: str, name: str, specs: list[TensorSpec]) -> Problem:
     more = f" and {len(specs) - 3} more" if len(specs) > 3 else ""
     cure = ""
     if ENCODINGS.load(name)().problem(specs[0].shape[-1]) == text:
-        fitting = _fitting(specs[0].shape[-1])
+        fitting = _fitting(specs[0].shape[-1], name in INT_NAMES)
         parts = sorted({spec.part for spec in specs})
         cure = (
             f"; choose one that fits ({', '.join(fitting)}) for {', '.join(parts)},"
@@ -175,8 +144,10 @@ def _problem(text: str, name: str, specs: list[TensorSpec]) -> Problem:
     return Problem(f"{named}{more}: {text}{cure}", "encoding")
 
 
-def _fitting(columns: int) -> list[str]:
-    return [name for name, kind in ENCODINGS.items() if name not in FLOATS and kind().problem(columns) is None]
+def _fitting(columns: int, ints: bool) -> list[str]:
+    """Encodings of the same kind, of GGUF's types or of int groups, for rows of that length."""
+    names = [name for name in ENCODINGS if name not in FLOATS and (name in INT_NAMES) == ints]
+    return [name for name in names if ENCODINGS.load(name)().problem(columns) is None]
 
 
 def options_of(step: Quantize) -> Mapping[str, str]:

@@ -46,10 +46,12 @@ def cures(
     """The cures of a model on a device, for `target.budget.judge`; the outline is the file's.
 
     Memory and disk are cured by settings and encodings, speed of writing by fewer bytes. For the other
-    limits no change is known whose effect can be computed, and the text is empty.
+    limits, and for what llama.cpp does not run, no change is known whose effect can be computed: the text is empty.
     """
 
     def cure(limit: LimitName, needed: float) -> str:
+        if not outline.in_llama:
+            return ""
         show = format_rate if limit == "decode" else format_size
         found = [c for c in _changes(limit, outline, settings, device, context) if c.saving > 0]
         if not found:

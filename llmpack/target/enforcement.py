@@ -3,7 +3,8 @@
 What holds it, the strictest that works here:
 
 cgroup  where a folder was delegated (see `target.memory_group`): private memory and pages of files, by the kernel
-rlimit  else RLIMIT_DATA, on private memory: the budget and what llama.cpp reserves without touching it
+rlimit  else RLIMIT_DATA, on private memory: the budget and what llama.cpp reserves without touching it; of other
+        runtimes nobody knows what they reserve, and this is left out
 watch   always: resident memory, looked at fifty times a second; a process that exceeds the budget is ended
 
 A process that is ended, or refused memory, is an answer and not a failure: it comes back as `Exceeded`, whose finding
@@ -21,8 +22,8 @@ from typing import Any
 
 from llmpack.errors import RuntimeFailed
 from llmpack.process import Limits
-from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.meter import Memory, Watch
+from llmpack.runtime.runtime import Runtime
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Evidence, Finding
 from llmpack.target.device import Device
@@ -100,24 +101,29 @@ class Held:
     means  what holds it, in words; empty without a cap
     """
 
-    runtime: LlamaRuntime
+    runtime: Runtime
     watch: Watch
     means: str
 
 
 @contextmanager
 def held(
-    cap: int | None, cpus: Sequence[int], outline: Outline, settings: RuntimeSettings, context: int
+    kind: type[Runtime],
+    cap: int | None,
+    cpus: Sequence[int],
+    reserved: int | None,
 ) -> Iterator[Held]:
     """A fresh runtime on these processors, held to `cap` bytes.
+
+    reserved  bytes that it reserves without touching them (see `reserved_bytes`), None where that is not known
 
     Raises CapExceededError where it wanted more, RuntimeFailed as the runtime does for other reasons.
     """
     hierarchy = Hierarchy.find() if cap is not None else None
     data = None
-    if cap is not None and hierarchy is None:
-        data = cap + int(_RESERVATION_MARGIN * reserved_bytes(outline, settings, context)) + _STACKS_AND_INTERPRETER
-    with LlamaRuntime(Limits(data=data, cpus=tuple(cpus))) as runtime:
+    if cap is not None and hierarchy is None and reserved is not None:
+        data = cap + int(_RESERVATION_MARGIN * reserved) + _STACKS_AND_INTERPRETER
+    with kind(Limits(data=data, cpus=tuple(cpus))) as runtime:
         watch = Watch(runtime.pid, limit=cap, exceeded=lambda: _end(runtime.pid))
         with _grouped(hierarchy, runtime.pid, cap) as group, watch:
             try:
@@ -145,10 +151,9 @@ def _means(cap: int | None, group: MemoryGroup | None, data: int | None) -> str:
         return ""
     if group is not None:
         return f"held to {format_size(cap)} by a cgroup (v{group.version}) and a watch on resident memory"
-    return (
-        f"held to {format_size(cap)} by a watch on resident memory, and private memory to {format_size(data or 0)} "
-        "by RLIMIT_DATA; no cgroup was delegated"
-    )
+    watched = f"held to {format_size(cap)} by a watch on resident memory"
+    private = "" if data is None else f", and private memory to {format_size(data)} by RLIMIT_DATA"
+    return f"{watched}{private}; no cgroup was delegated"
 
 
 def _reason(

@@ -1,6 +1,6 @@
-"""Measurement: a GGUF file run on this machine in a fresh child, at the full declared context.
+"""Measurement: a model run on this machine in a fresh child, at the full declared context.
 
-Protocol ``bench/1``: the file leaves the page cache; a fresh process loads it (cold load); one
+Protocol ``bench/1``: its files leave the page cache; a fresh process loads it (cold load); one
 discarded run of the full shape warms it up; then prompts that fill the context but for the tokens
 that are written after them are computed from an empty cache, and after each of them tokens are
 written one at a time, so that every timing of writing has a full KV cache before it. At least five
@@ -23,14 +23,16 @@ import psutil
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.digest import sha256_file
+from llmpack.errors import UsageError
 from llmpack.progress import QUIET, Progress
-from llmpack.runtime.llama import Build, LlamaRuntime, Opened
 from llmpack.runtime.meter import Memory
+from llmpack.runtime.runners import runtime_for
+from llmpack.runtime.runtime import Build, Opened, Runtime
 from llmpack.runtime.settings import RuntimeSettings, pinned_cpus
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
 from llmpack.target.disturbance import conditions, disturbances
-from llmpack.target.enforcement import CapExceededError, Exceeded, held
+from llmpack.target.enforcement import CapExceededError, Exceeded, held, reserved_bytes
 from llmpack.target.outline import Outline
 from llmpack.target.page_cache import drop_from_cache
 from llmpack.target.probe import load_average, probe_host
@@ -140,7 +142,7 @@ class Measurement:
                 "context": self.context,
                 "effective": held,
             },
-            build={"llama.cpp": self.build.commit, "ggml": self.build.version},
+            build=dict(self.build.versions),
         )
 
     def findings(self) -> list[Finding]:
@@ -202,7 +204,7 @@ class Measurement:
 
 
 def measure(
-    gguf: Path,
+    model: Path,
     settings: RuntimeSettings,
     context: int,
     *,
@@ -211,25 +213,30 @@ def measure(
     protocol: Protocol = STANDARD,
     progress: Progress = QUIET,
 ) -> Measurement | Exceeded:
-    """Measure a file on this machine.
+    """Measure a GGUF file or a model folder on this machine.
 
     context   tokens, as declared by the budget
-    artifact  sha256 of the file, computed if it is not given
+    artifact  sha256 that stands for the model; that of a file is computed if it is not given
     cap       bytes of memory that the process is held to (see `target.enforcement`); what wants more comes back as
               `Exceeded`
 
     Raises RuntimeFailed: "oom" if memory does not suffice, "refused" for a context that the model was not trained for,
     and as `llmpack.process` lists.
     """
-    artifact = artifact or sha256_file(gguf)
+    if artifact is None:
+        if model.is_dir():
+            raise UsageError(f"{model}: the digest of a folder has to be given")
+        artifact = sha256_file(model)
     device = probe_host()
     before = load_average()
-    cached = drop_from_cache(gguf)
-    outline = Outline.of_gguf(GgufFile.open(gguf))
+    cached = _still_cached(model)
+    reserved = None
+    if model.is_file():
+        reserved = reserved_bytes(Outline.of_gguf(GgufFile.open(model)), settings, context)
     cpus = pinned_cpus(max(device.cores or 1, settings.effective_threads))
     try:
-        with held(cap, cpus, outline, settings, context) as run:
-            seen = _observe(run.runtime, gguf, settings, context, protocol, progress)
+        with held(runtime_for(model), cap, cpus, reserved) as run:
+            seen = _observe(run.runtime, model, settings, context, protocol, progress)
     except CapExceededError as ended:
         assert cap is not None
         return Exceeded(artifact, device, settings, context, cap, ended.means, ended.memory)
@@ -270,11 +277,18 @@ class _Observed:
     memory: Memory
 
 
+def _still_cached(model: Path) -> float | None:
+    """The share of a model's files that stays cached after the system was asked to forget them, at worst."""
+    shares = [drop_from_cache(path) for path in (sorted(model.glob("*.safetensors")) if model.is_dir() else [model])]
+    known = [share for share in shares if share is not None]
+    return max(known) if len(known) == len(shares) and known else None
+
+
 def _observe(
-    runtime: LlamaRuntime, gguf: Path, settings: RuntimeSettings, context: int, protocol: Protocol, progress: Progress
+    runtime: Runtime, model: Path, settings: RuntimeSettings, context: int, protocol: Protocol, progress: Progress
 ) -> _Observed:
     build = runtime.info()
-    opened = runtime.open(gguf, settings, context)
+    opened = runtime.open(model, settings, context)
     written = max(1, min(WRITTEN_TOKENS, context // 4))
     bench = _Bench(runtime, _synthetic(context, opened.vocabulary), context - written, written)
     warm_up = bench.repetition()[0]
@@ -291,7 +305,7 @@ def _synthetic(count: int, vocabulary: int) -> list[int]:
 class _Bench:
     """One repetition: read the prompt from an empty cache, then write after it."""
 
-    runtime: LlamaRuntime
+    runtime: Runtime
     tokens: list[int]
     prompt: int
     written: int

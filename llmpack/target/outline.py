@@ -26,6 +26,7 @@ _PARTS = {
     "attn_q": "attention.q", "attn_k": "attention.k", "attn_v": "attention.v", "attn_output": "attention.o",
     "attn_qkv": "attention.qkv", "ffn_gate": "ffn.gate", "ffn_up": "ffn.up", "ffn_down": "ffn.down",
 }  # fmt: skip
+NOT_ESTIMATED = "what transformers takes and gives is measured, not estimated"
 _NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<stem>.+?)(?P<suffix>\.weight|\.bias)?")
 _OTHER_MEMORY = ("ssm_", "attn_kv_a", "attn_kv_b", "time_mix", "shortconv", "indexer")
 """Stems of tensors of blocks that keep something else than keys and values: states, compressed keys."""
@@ -85,6 +86,7 @@ class Outline:
     kept          what each block's cache holds
     context       tokens that the model was trained for, None where the file does not say
     unmodelled    why memory cannot be estimated; empty where it can
+    in_llama      whether llama.cpp runs it, so that its settings and its encodings are cures
     """
 
     architecture: str
@@ -98,6 +100,7 @@ class Outline:
     kept: tuple[Kept, ...]
     context: int | None
     unmodelled: str = ""
+    in_llama: bool = True
 
     @property
     def blocks(self) -> int:
@@ -124,6 +127,10 @@ class Outline:
         return replace(
             self, tensors=tuple(t if choose(t) == t.encoding else t.encoded(choose(t)) for t in self.tensors)
         )
+
+    def measured_alone(self) -> Outline:
+        """The same model in transformers, of whose memory and speed nothing is computed."""
+        return replace(self, kept=tuple(Kept(0) for _ in self.kept), unmodelled=NOT_ESTIMATED, in_llama=False)
 
     @classmethod
     def of_graph(cls, graph: ModelGraph) -> Outline:

@@ -24,7 +24,7 @@ from llmpack.errors import Problem, VerificationFailed
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.models.graph import ModelGraph
 from llmpack.progress import QUIET, Progress
-from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.runners import runtime_for
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Evidence, Finding, LimitName
 
@@ -116,24 +116,26 @@ def _kept(path: Path, digest: str, tokens: Tensor) -> Tensor | None:
     return hidden if hidden.shape[:2] == tokens.shape else None
 
 
-def evaluate(gguf: Path, reference: Reference, settings: RuntimeSettings, progress: Progress = QUIET) -> Divergence:
-    """KL divergence of the source's predictions to those of a file in llama.cpp, and what goes with it.
+def evaluate(model: Path, reference: Reference, settings: RuntimeSettings, progress: Progress = QUIET) -> Divergence:
+    """KL divergence of the source's predictions to those of a model in its runtime, and what goes with it.
+
+    model  a GGUF file, or a model folder
 
     Raises VerificationFailed where the vocabularies differ, NumericalError where logits are not finite,
-    RuntimeFailed as `LlamaRuntime` does.
+    RuntimeFailed as `Runtime` does.
     """
-    return Divergence.of(list(comparisons(gguf, reference, settings, progress)))
+    return Divergence.of(list(comparisons(model, reference, settings, progress)))
 
 
 def comparisons(
-    gguf: Path, reference: Reference, settings: RuntimeSettings, progress: Progress = QUIET
+    model: Path, reference: Reference, settings: RuntimeSettings, progress: Progress = QUIET
 ) -> Iterator[Comparison]:
     """One comparison for each sequence of the reference."""
     count, length = reference.tokens.shape
-    with LlamaRuntime() as runtime, progress.task("comparing with the source", count * length) as done:
-        opened = runtime.open(gguf, settings, length)
+    with runtime_for(model)() as runtime, progress.task("comparing with the source", count * length) as done:
+        opened = runtime.open(model, settings, length)
         if opened.vocabulary != reference.vocabulary:
-            text = f"{gguf.name} has a vocabulary of {opened.vocabulary}, the source one of {reference.vocabulary}"
+            text = f"{model.name} has a vocabulary of {opened.vocabulary}, the source one of {reference.vocabulary}"
             raise VerificationFailed([Problem(text, rule="vocabulary")])
         for index in range(count):
             tokens = reference.tokens[index]
@@ -158,30 +160,30 @@ def _compare(reference: Reference, index: int, logits: Tensor) -> Comparison:
 
 
 def fidelity(
-    gguf: Path,
+    model: Path,
     checkpoint: Checkpoint,
     graph: ModelGraph,
     tokens: Tensor,
     settings: RuntimeSettings,
     progress: Progress = QUIET,
 ) -> Divergence:
-    """A file in its runtime against the checkpoint that it was written from, decoded and run in float32.
+    """A model in its runtime against the checkpoint that it was written from, decoded and run in float32.
 
     The KV cache is kept in f16 whatever `settings` say: a coarser one belongs to quality. Raises as `evaluate`.
     """
     plain = settings.model_copy(update={"kv": "f16"})
-    return evaluate(gguf, Reference.build(checkpoint, graph, tokens, None, progress), plain, progress)
+    return evaluate(model, Reference.build(checkpoint, graph, tokens, None, progress), plain, progress)
 
 
 def fidelity_problems(found: Divergence) -> list[Problem]:
     """What is wrong if an artifact does not compute what its own weights say; empty if it does."""
     problems = []
     if found.mean > FIDELITY_KL:
-        text = f"the file does not compute what its weights say: mean KL {found.mean:.4g} nats, at most {FIDELITY_KL}"
+        text = f"the model does not compute what its weights say: mean KL {found.mean:.4g} nats, at most {FIDELITY_KL}"
         problems.append(Problem(text, rule="fidelity"))
     if found.top1 < FIDELITY_TOP1:
         text = (
-            f"the file and its weights agree on the likeliest token in {found.top1:.1%}, at least {FIDELITY_TOP1:.0%}"
+            f"the model and its weights agree on the likeliest token in {found.top1:.1%}, at least {FIDELITY_TOP1:.0%}"
         )
         problems.append(Problem(text, rule="fidelity"))
     return problems

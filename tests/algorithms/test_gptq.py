@@ -10,8 +10,14 @@ from llmpack.algorithms.gptq import gptq, objective, refine, relative_error, rou
 from llmpack.algorithms.hessian import factorize
 from llmpack.encodings import ENCODINGS, encoding
 from llmpack.encodings.encoding import GridEncoding
+from llmpack.encodings.names import INT_NAMES
 
-GRIDS = [name for name, kind in ENCODINGS.items() if issubclass(kind, GridEncoding) and kind.joint_columns == 1]
+INTS = {"int3_g64_asym"}  # zeros that vary; the symmetric ones are as q4_0
+GRIDS = [
+    name
+    for name, kind in ENCODINGS.items()
+    if issubclass(kind, GridEncoding) and kind.joint_columns == 1 and (name in INTS or name not in INT_NAMES)
+]
 
 
 def problem(rows, columns, seed=0, tokens=2000):

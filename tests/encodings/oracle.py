@@ -11,7 +11,9 @@ from gguf import GGMLQuantizationType, quants
 
 from llmpack.encodings import ENCODINGS, encoding
 
-BLOCKED = tuple(name for name in ENCODINGS if name not in ("f32", "f16", "bf16"))
+INTS = ("int3_g32", "int4_g32_asym", "int4_g128", "int8_row", "int3_row_asym")  # of those that GGUF lacks
+BLOCKED = tuple(name for name in ENCODINGS if name not in ("f32", "f16", "bf16") and not name.startswith("int"))
+GRIDS = BLOCKED + INTS
 HALVES = {"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,)} | dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2))
 ROWS = {name: name.replace("_k", "_K") for name in BLOCKED}  # as C spells them
 
@@ -67,12 +69,17 @@ def random_bytes(name, rows=5, columns=512, seed=0):
     """Rows of any bytes at all, but for the exponents of scales, which are finite."""
     kind = encoding(name)
     packed = np.random.default_rng(seed).integers(0, 256, (rows, kind.row_bytes(columns)), dtype=np.uint8)
-    blocks = packed.reshape(-1, kind.block_bytes)
     if name == "mxfp4":
-        blocks[:, 0] &= 0x7F
+        packed.reshape(-1, kind.block_bytes)[:, 0] &= 0x7F
+        return packed
+    if name in INTS:
+        *_, grid = kind.unpack(packed, columns)
+        blocks = packed.reshape(-1, packed.shape[1] // (columns // grid.group))
+        places = (blocks.shape[1] - (2 if kind.is_symmetric else 3),)
     else:
-        for place in HALVES.get(name, (0,)):
-            blocks[:, place + 1] &= 0xBB
+        blocks, places = packed.reshape(-1, kind.block_bytes), HALVES.get(name, (0,))
+    for place in places:
+        blocks[:, place + 1] &= 0xBB
     return packed
 
 

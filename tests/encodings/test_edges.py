@@ -15,7 +15,7 @@ def restored(name, W, importance=None):
     return values
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_zeros_stay_zeros(name):
     W = oracle.numbers((4, 512))
     W[1], W[2, :256], W[3, 32:64] = 0, 0, 0
@@ -26,7 +26,7 @@ def test_zeros_stay_zeros(name):
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.3, -123.4])
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_constant_rows_are_kept(name, value):
     values = restored(name, torch.full((2, 256), value))
     worst = 0.02 if name in ("q2_k", "q3_k", "q4_k", "q5_k", "iq4_xs") else 0.001
@@ -35,14 +35,14 @@ def test_constant_rows_are_kept(name, value):
     assert float((values - value).abs().max()) <= worst * abs(value)
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_two_values_are_kept_where_ties_are_everywhere(name):
     W = torch.tensor([0.5, -0.5]).repeat(2, 128)
     assert float((restored(name, W) - W).abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-12, 1e-7, 1e-5, 1e3])
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_tiny_and_huge_numbers_are_no_worse_than_zeros(name, scale):
     W = oracle.numbers((2, 512), scale=1.0) * scale
     error = oracle.weighted_error(W, restored(name, W, oracle.importance_of(512)), oracle.importance_of(512))
@@ -52,7 +52,7 @@ def test_tiny_and_huge_numbers_are_no_worse_than_zeros(name, scale):
         assert error < 0.2 * zeros
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_the_largest_numbers_are_kept_and_larger_ones_refused(name):
     kind = encoding(name)
     top = 65504.0 * kind.reach
@@ -62,7 +62,7 @@ def test_the_largest_numbers_are_kept_and_larger_ones_refused(name):
         kind.fit(W * 1.01)
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_numbers_that_are_not_finite_are_refused(name, bad):
     W = torch.zeros(2, 256)
@@ -72,7 +72,7 @@ def test_numbers_that_are_not_finite_are_refused(name, bad):
             work(W)
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_bad_importance_is_refused(name):
     kind, W = encoding(name), torch.zeros(2, 256)
     for wrong in (torch.ones(255), torch.ones(2, 256)):
@@ -85,7 +85,7 @@ def test_bad_importance_is_refused(name):
             kind.fit(W, importance)
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_shapes_that_do_not_fit_are_refused(name):
     kind = encoding(name)
     with pytest.raises(ValueError, match=f"not a multiple of {name}'s block"):
@@ -96,7 +96,7 @@ def test_shapes_that_do_not_fit_are_refused(name):
         kind.fit(torch.zeros(0, kind.block))
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_importance_of_zero_means_rounding_to_something_near(name):
     W, importance = oracle.numbers((4, 512)), torch.ones(512)
     importance[:256] = 0
@@ -107,7 +107,7 @@ def test_importance_of_zero_means_rounding_to_something_near(name):
         assert left < 0.5
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_half_precision_and_strided_input_is_taken_as_it_is(name):
     kind, W = encoding(name), oracle.numbers((4, 512)).bfloat16()
     expected = kind.encode(W.float())

@@ -112,7 +112,7 @@ def test_no_block_is_worse_than_by_the_reference_s_scale(name, values, scale):
         assert mine <= reference * (1 + 1e-4) + 1e-12 * float(W[:, block].double().square().sum())
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_rounding_takes_the_nearest_code(name):
     kind, W = encoding(name), oracle.numbers((4, 512))
     grid = kind.fit(W, oracle.importance_of(512))
@@ -124,7 +124,7 @@ def test_rounding_takes_the_nearest_code(name):
         assert bool((error <= other + 1e-7).all())
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_encode_is_fit_and_round_whatever_the_tiles(name, monkeypatch):
     kind, W, importance = encoding(name), oracle.numbers((9, 512)), oracle.importance_of(512)
     whole = kind.encode(W, importance)

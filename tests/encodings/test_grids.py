@@ -26,7 +26,7 @@ def row_errors(W, Q, H):
     return ((error @ H) * error).sum(1)
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_levels_of_some_columns_are_those_of_all(name):
     kind = encoding(name)
     codes, grid = kind.unpack(oracle.random_bytes(name), 512)
@@ -48,7 +48,7 @@ def test_levels_of_some_columns_are_those_of_all(name):
         assert bool((dense.scale[:, same] == dense.scale[:, columns : columns + 1]).all())
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_rows_are_selected_in_the_order_given(name):
     kind, packed = encoding(name), oracle.random_bytes(name)
     codes, grid = kind.unpack(packed, 512)
@@ -56,7 +56,7 @@ def test_rows_are_selected_in_the_order_given(name):
     np.testing.assert_array_equal(kind.pack(codes[rows], grid.select_rows(rows)), packed[rows.numpy()])
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_in_float64_levels_round_to_the_nearest_too(name):
     kind, W = encoding(name), oracle.numbers((4, 512)).double()
     levels = kind.fit(W.float()).levels().to(torch.float64)
@@ -77,7 +77,7 @@ def test_tables_of_any_numbers_are_rounded_to(table):
     assert torch.allclose(distance.gather(1, codes[0, :, None].long())[:, 0], distance.amin(1))
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_a_refit_grid_is_never_worse_and_mostly_better(name):
     kind, W = encoding(name), oracle.numbers((12, 512))
     H, exact = hessian(512)
@@ -91,8 +91,9 @@ def test_a_refit_grid_is_never_worse_and_mostly_better(name):
     before, after = row_errors(W, start.decode(), exact), row_errors(W, moved.decode(), exact)
     assert bool((after <= before * (1 + 1e-5)).all())
     gain = 1 - float(after.sum() / before.sum())
-    least = {"mxfp4": 0.0}.get(name, 0.02 if kind.block == 32 else 0.001)
-    assert gain > least  # six bits for a scale, or powers of two, leave little to move
+    many = kind.block == 32 and "row" not in name  # six bits for a scale, or one for a row, leave little to move
+    least = 0.0 if name == "mxfp4" else 0.02 if many else 0.0001  # powers of two leave even less
+    assert gain > least
     again, stored = kind.unpack(moved.pack(), 512)
     assert torch.equal(stored.levels().decode(again), moved.decode())
 
@@ -125,7 +126,7 @@ def test_refitting_comes_near_the_normal_equations(name):
     assert float((after - least).sum()) < 0.2 * float((before - least).sum())
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_a_singular_hessian_and_zero_scales_are_no_trouble(name):
     kind, W = encoding(name), oracle.numbers((3, 512))
     W[0], W[1, :256] = 0, 0
@@ -139,7 +140,7 @@ def test_a_singular_hessian_and_zero_scales_are_no_trouble(name):
     assert bool((after <= before * (1 + 1e-4) + 1e-12).all())
 
 
-@pytest.mark.parametrize("name", oracle.BLOCKED)
+@pytest.mark.parametrize("name", oracle.GRIDS)
 def test_refit_works_in_runs_of_rows(name, monkeypatch):
     kind, W = encoding(name), oracle.numbers((7, 256))
     H, _ = hessian(256)

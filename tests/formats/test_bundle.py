@@ -58,6 +58,15 @@ def test_a_bundle_opens(bundle):
     assert opened.nbytes == sum(p.stat().st_size for p in bundle.iterdir())
 
 
+def test_a_model_folder_stands_in_for_the_file(bundle):
+    (bundle / "model.gguf").rename(bundle / "model.safetensors")
+    write_sums(bundle)
+    assert problems(bundle) == ["model.gguf is missing; a bundle has it"]
+    (bundle / "config.json").write_text("{}")
+    write_sums(bundle)
+    assert Bundle.open(bundle).model == bundle
+
+
 def test_the_digests_are_those_of_coreutils(bundle):
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=bundle, check=True)
     assert (bundle / SUMS).read_text().splitlines() == sorted(

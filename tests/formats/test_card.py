@@ -46,6 +46,16 @@ def test_the_hub_reads_the_front_matter():
     assert data["quantized_by"] == f"llmpack {__version__}"
 
 
+def test_the_card_of_a_model_folder_says_how_transformers_loads_it():
+    card = dataclasses.replace(CARD, layout="plain", relation="finetune")
+    data = ModelCard(card.text()).data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["tags"] == ["safetensors", "llmpack", "text-generation"]
+    assert data["base_model_relation"] == "finetune"
+    assert 'AutoModelForCausalLM.from_pretrained(".")' in card.text()
+    assert "llama-cli" not in card.text()
+
+
 def test_the_text_says_what_is_in_it():
     text = CARD.text()
     assert "# smollm2-135m-pi5\n" in text

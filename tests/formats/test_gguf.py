@@ -15,7 +15,7 @@ from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import encoding
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.formats.facts import Facts
-from llmpack.formats.gguf import GgufFormat, file_rows
+from llmpack.formats.gguf import GgufFormat, file_rows, rounded_minima
 from llmpack.formats.gguf_parts import part_totals
 from llmpack.models import family_of, open_model
 
@@ -190,3 +190,40 @@ def test_a_smaller_config_counts_not_the_checkpoints(with_files, spm_files, tmp_
     shutil.copytree(with_files("shallow", spm_files, num_hidden_layers=2), pruned)
     checkpoint = Checkpoint.open(pruned)
     assert GgufFormat().nbytes(preview, source, FACTS) == write(checkpoint, tmp_path / "x.gguf").size
+
+
+def test_int_groups_become_blocks_with_the_same_codes(with_files, spm_files, tmp_path):
+    """The codes that a GPTQ folder would hold: exactly where they are symmetric, else with minima in float16."""
+    source = Checkpoint.open(with_files("source", spm_files, tie_word_embeddings=False, hidden_size=64))
+    exact, rounded = "int4_g32", "int4_g32_asym"
+    writer = CheckpointWriter(tmp_path / "ints", source)
+    tensors = {}
+    for spec in open_model(source).tensors:
+        values = source.read(spec.name).float()
+        kind = encoding((rounded if spec.part == "ffn.down" else exact) if spec.is_linear else "f16")
+        tensors[spec.name] = Packed(kind.name, spec.shape, kind.encode(values.reshape(-1, values.shape[-1])))
+    writer.write("all", tensors)
+    checkpoint = writer.finish()
+    file = write(checkpoint, tmp_path / "x.gguf")
+    graph = GgufFormat().encode_graph(open_model(checkpoint))
+    family = family_of(checkpoint.config)
+    for spec in graph.tensors:
+        if spec.is_linear:
+            assert spec.encoding == ("q4_1" if spec.part == "ffn.down" else "q4_0")
+            order = family.row_order(spec, checkpoint.config)
+            expected = checkpoint.read(spec.name)
+            values = encoding(spec.encoding).decode(
+                file.packed(spec.gguf_name).reshape(spec.shape[0], -1), spec.shape[1]
+            )
+            expected = expected if order is None else expected[order]
+            assert float((values - expected).abs().max()) <= (0 if spec.encoding == "q4_0" else 2e-3)
+    count, share = rounded_minima(checkpoint, graph)
+    assert count == sum(spec.part == "ffn.down" for spec in graph.tensors)
+    assert 0 < share < 1e-3
+
+
+def test_a_second_quantization_is_refused(quantized):
+    graph = open_model(quantized)
+    graph = graph.with_encodings(lambda spec: "int3_g32" if spec.is_linear else spec.encoding)
+    with pytest.raises(StepFailed, match="would be a second quantization of these codes"):
+        GgufFormat().encode_graph(graph)

@@ -100,6 +100,7 @@ def test_the_manifest_says_how_it_was_made_and_what_was_found(built):
     manifest = Manifest.read(document, "manifest.json")
     made = manifest.made
     assert made["artifact"]["sha256"] == sha256_file(built.final / "model.gguf")
+    assert made["artifact"]["file"] == built.summary()["model"]["file"] == "model.gguf"
     assert made["source"]["digest"] == built.origin.checkpoint.digest
     assert made["source"]["licence"][0]["id"] == "apache-2.0"
     assert made["steps"][0]["key"] == built.steps[0].key

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from llmpack.encodings import ENCODINGS
 from llmpack.errors import RecipeError
 from llmpack.models import family_of
+from llmpack.models.selection import Selection
 from llmpack.steps import STEPS
-from llmpack.steps.quantize import Quantize, Selection
+from llmpack.steps.quantize import Quantize
 from llmpack.steps.quantize_gptq import QuantizeGptq
 from llmpack.steps.quantize_llamacpp import QuantizeLlamacpp
 from llmpack.steps.quantize_rtn import QuantizeRtn

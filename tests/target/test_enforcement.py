@@ -13,6 +13,7 @@ import tiny_gguf
 
 from llmpack.errors import RuntimeFailed
 from llmpack.process import Child, Limits
+from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.meter import Watch
 from llmpack.runtime.settings import RuntimeSettings, pinned_cpus, usable_cores
 from llmpack.target.budget import Budget, judge
@@ -84,7 +85,7 @@ def test_a_budget_that_not_even_the_weights_fit_is_a_row_too(path):
 
 def test_private_memory_beyond_the_limit_is_refused_before_it_is_touched(path, monkeypatch):
     """RLIMIT_DATA alone: with the watch asleep the allocation itself is refused."""
-    monkeypatch.setattr("llmpack.target.enforcement.reserved_bytes", lambda *shape: -90 * MIB)
+    monkeypatch.setattr("llmpack.target.measure.reserved_bytes", lambda *shape: -90 * MIB)
     monkeypatch.setattr("llmpack.runtime.meter.LIMITED_SAMPLE_SECONDS", 60.0)
     found = measure(path, RuntimeSettings(threads=1, load="no-mmap"), CONTEXT, cap=60 * MIB, protocol=SHORT)
     assert isinstance(found, Exceeded)
@@ -98,7 +99,7 @@ def test_a_failure_for_another_reason_stays_one(path):
 
 def test_what_llama_cpp_reserves_is_known(path, settings):
     outline = replace(outline_of(path), vocab=CONFIG["vocab_size"])
-    with held(None, (), outline, settings, CONTEXT) as run:
+    with held(LlamaRuntime, None, (), None) as run:
         opened = run.runtime.open(path, settings, CONTEXT)
     assert run.means == ""
     assert opened.buffers["compute.CPU"] == pytest.approx(reserved_bytes(outline, settings, CONTEXT), rel=0.1)

@@ -11,10 +11,11 @@ from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import InputRejected
 from llmpack.models import family_of
 from llmpack.runtime.settings import RuntimeSettings
+from llmpack.target.cure import cures
 from llmpack.target.device import device
 from llmpack.target.estimate import estimate, touched_bytes
 from llmpack.target.memory_model import MEMORY_ERROR, UNVERIFIED_ERROR, cache_tokens
-from llmpack.target.outline import Outline
+from llmpack.target.outline import NOT_ESTIMATED, Outline
 
 PI = device("raspberry-pi-5-8gb")
 BLOCK = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "ffn_up": (128, 64)}
@@ -39,6 +40,15 @@ def write_file(path, arch, keys, tensors):
     writer.write_tensors_to_file()
     writer.close()
     return GgufFile.open(path)
+
+
+def test_nothing_is_computed_of_what_transformers_runs():
+    config = config_of("llama")
+    outline = Outline.of_graph(family_of(config).graph(config)).measured_alone()
+    found = estimate(outline, RuntimeSettings(), PI, 64)
+    assert found.memory is found.decode is found.prefill is None
+    assert set(found.missing.values()) == {NOT_ESTIMATED, "the time to load is not estimated"}
+    assert cures(outline, RuntimeSettings(), PI, 64)("disk", 1) == ""
 
 
 def stranger(path, *, arch="gpt9", blocks=2, keys=None, block=None, outside=None):

@@ -13,11 +13,11 @@ from llmpack.models import family_of
 from llmpack.pipeline.choosing import MORE
 from llmpack.pipeline.contents import bundle_usage, small_files
 from llmpack.pipeline.manifest import Observed
+from llmpack.pipeline.output import outline_of
 from llmpack.pipeline.state import Build
 from llmpack.target.budget import Evidence, Finding, Verdict
 from llmpack.target.budget import judge as judge_budget
 from llmpack.target.cure import cures
-from llmpack.target.outline import Outline
 from llmpack.units import format_size
 
 _ROUNDS = 8
@@ -52,7 +52,7 @@ def _judged(build: Build, usage: int, made_at: str) -> Observed:
         limit="disk", value=usage, best=usage, evidence=evidence, reason="the whole bundle, in blocks of 4 KiB"
     )
     findings = (*build.findings, disk)
-    outline = Outline.of_graph(planned.graph)
+    outline = outline_of(planned.file_format, planned.graph)
     verdicts = tuple(
         judge_budget(
             recipe.budget,

@@ -1,0 +1,128 @@
+"""The worker: ``python -m llmpack.runtime.transformers_worker``, spoken to by `TransformersRuntime`.
+
+Holds nothing but the interpreter, transformers and one model, so that its memory is the runtime's. transformers is
+imported when a model is opened: that is a part of the time which a user waits for a model.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from llmpack.runtime.conversation import Operation, RefusedError, Tell, serve
+from llmpack.runtime.meter import read_memory
+
+if TYPE_CHECKING:
+    from llmpack.runtime.transformers_session import TransformersSession
+
+Arguments = Mapping[str, Any]
+LIBRARIES = ("transformers", "torch", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel")
+
+
+class Worker:
+    """The operations; each takes the arguments of a request and returns its result."""
+
+    def __init__(self) -> None:
+        self._bare = asdict(read_memory())
+        self._session: TransformersSession | None = None
+
+    def operations(self) -> dict[str, Operation]:
+        """Every operation by its name."""
+        names = ("info", "open", "close", "memory", "tokenize", "detokenize", "render", "logits", "generate",
+                 "prefill", "decode")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def _opened(self) -> TransformersSession:
+        if self._session is None:
+            raise RefusedError("no model is open")
+        return self._session
+
+    def info(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Versions of the libraries, and what the interpreter took before them."""
+        return {"libraries": dict(_versions()), "bare_memory": self._bare}
+
+    def open(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Load a model in place of the one before."""
+        self.close(arguments, tell)
+        started = time.perf_counter()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are those of the processor, on machines with a GPU too
+        from llmpack.runtime.transformers_session import TransformersSession
+
+        self._session = TransformersSession(arguments["path"], arguments["settings"], arguments["context"])
+        seconds = time.perf_counter() - started
+        return {**self._session.facts(), "seconds": seconds, "memory": asdict(read_memory())}
+
+    def close(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Unload the model, if there is one."""
+        self._session = None
+        return {}
+
+    def memory(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """The memory of this process."""
+        return asdict(read_memory())
+
+    def tokenize(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Token ids of each text."""
+        session = self._opened()
+        special = arguments["add_special"], arguments["parse_special"]
+        return {"tokens": [session.tokenize(text, *special) for text in arguments["texts"]]}
+
+    def detokenize(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """The text of token ids."""
+        return {"text": self._opened().text(arguments["tokens"], special=arguments["special"])}
+
+    def render(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """A conversation as the text that the model reads."""
+        return {"text": self._opened().render(arguments["messages"], arguments["add_generation_prompt"])}
+
+    def logits(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Logits of every position, into a file."""
+        self._opened().logits(arguments["tokens"], arguments["file"], tell)
+        return {}
+
+    def generate(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Continue a prompt; every piece of text is told as it comes."""
+        session = self._opened()
+        prompt = arguments["tokens"]
+        if not prompt:
+            raise RefusedError("there is nothing to continue: the prompt has no tokens")
+        started = time.perf_counter()
+        session.prefill(prompt, tell)
+        first = time.perf_counter() - started
+        draw = arguments["temperature"], arguments["top_p"], arguments["seed"]
+        tokens: list[int] = []
+        told = ""
+        for token in session.continuation(arguments["count"], *draw):
+            tokens.append(token)
+            text = session.text(tokens, special=False)
+            if not text.endswith("\ufffd"):  # the rest of a character may be in the next token
+                tell({"text": text.removeprefix(told)})
+                told = text
+        tell({"text": session.text(tokens, special=False).removeprefix(told)})
+        return {"tokens": tokens, "first_token": first, "seconds": time.perf_counter() - started}
+
+    def prefill(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Time one prompt; it stays in the cache."""
+        started = time.perf_counter_ns()
+        self._opened().prefill(arguments["tokens"], tell)
+        return {"nanoseconds": time.perf_counter_ns() - started}
+
+    def decode(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """Time tokens one at a time after what is in the cache; they do not stay in it."""
+        return {"nanoseconds": self._opened().timed_decode(arguments["tokens"])}
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in LIBRARIES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+if __name__ == "__main__":
+    serve(Worker().operations())
