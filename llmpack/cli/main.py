@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmpack.cli.arguments import CacheFolder, On, open_cache
 from llmpack.cli.command import command
+from llmpack.cli.groups import cache_app, device_app
 from llmpack.cli.session import Session
 
 if TYPE_CHECKING:
-    from llmpack.pipeline.cache import Cache
     from llmpack.pipeline.state import Order
 
 app = typer.Typer(
@@ -25,9 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Look at, check and clean the cache of finished work.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
-device_app = typer.Typer(help="Look at the devices that bundles are made for, or probe this one.", no_args_is_help=True)
 app.add_typer(device_app, name="device")
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a TOML file.", show_default=False)]
@@ -44,28 +43,16 @@ Limits = Annotated[
         help='A limit, e.g. --budget memory="350 MiB", or a TOML file with a [budget] table. Repeatable.',
     ),
 ]
-CacheFolder = Annotated[
-    Path | None,
-    typer.Option("--cache", help="Folder of finished work (default: $LLMPACK_CACHE or ~/.cache/llmpack)."),
-]
-On = Annotated[str | None, typer.Option("--on", metavar="ADDRESS", help="Measure ssh://user@host or adb://serial.")]
 NoWait = Annotated[
     bool, typer.Option("--no-wait", help="Stop with exit code 75 if another process does the same work.")
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Touch no network.")]
 
 
-def _cache(folder: Path | None, no_wait: bool = False) -> Cache:
-    from llmpack.cli.progress import progress
-    from llmpack.pipeline.cache import Cache, default_root
-
-    return Cache(folder or default_root(), wait=not no_wait, progress=progress())
-
-
 def _order(recipe: Path, out: Path, sets: list[str] | None, cache: Path | None, no_wait: bool, offline: bool) -> Order:
     from llmpack.pipeline.state import Order
 
-    held = _cache(cache, no_wait)
+    held = open_cache(cache, no_wait)
     return Order(recipe, out, held, tuple(sets or ()), offline, held.progress)
 
 
@@ -154,7 +141,7 @@ def check(
     from llmpack.pipeline.check import check as judge
 
     question = Question(tuple(budget or ()), tuple(set or ()), tuple(device or ()), accept, estimate_only, on)
-    checked = reported(path, junit, lambda: judge(path, _cache(cache, no_wait), question))
+    checked = reported(path, junit, lambda: judge(path, open_cache(cache, no_wait), question))
     session.answer(checked.document(), lambda: show_checked(checked))
     return 0 if checked.passed else BudgetMissed.exit_code
 
@@ -200,7 +187,7 @@ def evaluate(
     from llmpack.cli.show import show_quality
     from llmpack.pipeline.evaluate import evaluate_bundle
 
-    found = evaluate_bundle(bundle, _cache(cache), text=tuple(text or ()), tokens=tokens, offline=offline)
+    found = evaluate_bundle(bundle, open_cache(cache), text=tuple(text or ()), tokens=tokens, offline=offline)
     session.answer(found.document(), lambda: show_quality(found))
 
 
@@ -254,7 +241,7 @@ def sensitivity(
 
     found = diagnose(
         model,
-        _cache(cache, no_wait),
+        open_cache(cache, no_wait),
         text=tuple(text or ()),
         tokens=tokens,
         dequantize=dequantize,
@@ -288,99 +275,6 @@ def schema(session: Session) -> None:
     from llmpack.pipeline.schema import schema_text
 
     print(schema_text(), end="")
-
-
-@cache_app.command("ls")
-@command
-def cache_ls(session: Session, cache: CacheFolder = None) -> None:
-    """List finished and unfinished work."""
-    from llmpack.cli.listing import cache_rows
-    from llmpack.cli.show import show_table
-
-    rows = cache_rows(_cache(cache))
-    session.answer(rows, lambda: show_table(rows))
-
-
-@cache_app.command("verify")
-@command
-def cache_verify(session: Session, cache: CacheFolder = None) -> int:
-    """Compute every digest again. Damaged work is made again by the next build that needs it."""
-    from llmpack.cli.listing import cache_damage
-    from llmpack.cli.show import show_table
-    from llmpack.errors import VerificationFailed
-
-    rows = cache_damage(_cache(cache))
-    session.answer(rows, lambda: show_table(rows))
-    return VerificationFailed.exit_code if rows else 0
-
-
-@cache_app.command("gc")
-@command
-def cache_gc(
-    session: Session,
-    days: Annotated[float, typer.Option("--days", min=0.0, help="Remove what was not used for so many days.")] = 30.0,
-    key: Annotated[str | None, typer.Option("--key", help="Remove the entries whose key starts like this.")] = None,
-    cache: CacheFolder = None,
-) -> None:
-    """Remove work that nobody used for a while."""
-    from llmpack.cli.listing import collect
-    from llmpack.cli.show import show_table
-
-    rows = collect(_cache(cache), days, key)
-    session.answer(rows, lambda: show_table(rows))
-
-
-@device_app.command("list")
-@command
-def device_list(session: Session) -> None:
-    """List the profiles."""
-    from llmpack.cli.listing import devices
-    from llmpack.cli.show import show_table
-
-    rows = devices()
-    session.answer(rows, lambda: show_table(rows))
-
-
-@device_app.command("show")
-@command
-def device_show(
-    session: Session,
-    name: Annotated[str, typer.Argument(help="A name, a profile's FILE.toml, or `host`.", show_default=False)],
-) -> None:
-    """Show every figure of a device, with where it is from; an unknown one is named as unknown."""
-    from llmpack.cli.show import show_device
-    from llmpack.target.device import device as find
-
-    found = find(name)
-    session.answer(found.model_dump(mode="json"), lambda: show_device(found))
-
-
-@device_app.command("probe")
-@command
-def device_probe(
-    session: Session,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.toml", help="Write a profile.")] = None,
-    description: Annotated[str, typer.Option("--description", help="What to call this machine.")] = "",
-    runtime: Annotated[
-        bool, typer.Option("--runtime", help="Time the kernels of llama.cpp too (minutes), to predict speed from.")
-    ] = False,
-    on: On = None,
-    cache: CacheFolder = None,
-) -> None:
-    """Measure this machine, or another, and write a profile of it; without --out it is printed."""
-    from llmpack.cli.probing import probed
-
-    found, text = probed(out, description, runtime=runtime, on=on, cache=_cache(cache))
-    session.answer(found.model_dump(mode="json"), lambda: print(text, end=""))
-
-
-@device_app.command("answer", hidden=True)
-@command
-def device_answer(session: Session, cache: CacheFolder = None) -> None:
-    """Answer a check from another machine: one request in JSON on standard input, one answer on standard output."""
-    from llmpack.pipeline.on_device import serve
-
-    serve(_cache(cache))
 
 
 def _version(asked: bool) -> None:
