@@ -95,6 +95,7 @@ class Visit:
 
     def weight(self, name: str) -> Tensor:
         """A copy of a tensor, float32: of the checkpoint, or what it was replaced with, as the forward pass has it."""
+        self._spec(name)
         if name in self._replaced:
             return self.parameter(name).to(device="cpu", dtype=torch.float32, copy=True)
         values = self._forward.checkpoint.read(name).to(torch.float32)

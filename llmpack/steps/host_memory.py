@@ -21,6 +21,8 @@ from llmpack.parallel import AT_ONCE
 MIB = 1 << 20
 BASE = 450 * MIB
 """Interpreter, torch, transformers with the classes of a family, tokenizer, and what their heaps keep."""
+KEPT = 35 * MIB
+"""What heaps keep, of that, in a walk over matrices; a walk over next to nothing does without."""
 WIDTHS, INNER_WIDTHS = 3, 3
 """Hidden states, and inner states of a feed-forward part, that are alive at once while a batch runs through a block."""
 SEARCH = 44

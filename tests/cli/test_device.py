@@ -32,7 +32,7 @@ def test_a_device_is_shown_with_its_sources_and_its_gaps(llmpack):
     code, out, _ = llmpack("show", "raspberry-pi-5-8gb")
     assert code == 0
     assert "17.1 GB/s" in out
-    assert "4267 MT/s x 4 bytes" in out
+    assert "32-bit memory at 4267 MT/s" in out
     assert [line.split() for line in out.splitlines() if line.startswith("arithmetic")] == [["arithmetic", "unknown"]]
     assert "repacked for its fastest kernels (a mapped file then stands in memory twice): iq4_nl, mxfp4, q4_0" in out
     assert json.loads(llmpack("show", "host", "--json")[1])["name"] == "host"

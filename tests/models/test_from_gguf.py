@@ -206,8 +206,8 @@ def rewrite(path, target, keys=None, tensors=None):
         ({}, {"rope_freqs.weight": np.full(8, 3.0, np.float32)}, [("unsupported-config", "rope_freqs.weight")]),
         (
             {},
-            {"token_embd.weight": (np.zeros((512, 34), np.uint8), gguf.GGMLQuantizationType.MXFP4)},
-            [("unsupported-encoding", "mxfp4; decoded are")],
+            {"token_embd.weight": (np.zeros((512, 36), np.uint8), gguf.GGMLQuantizationType.NVFP4)},
+            [("unsupported-encoding", "nvfp4; decoded are")],
         ),
     ],
 )

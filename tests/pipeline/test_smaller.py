@@ -83,7 +83,7 @@ def is_compared_with_the_whole_model(built, order, recipe_file):
 
 def test_a_model_that_cannot_be_that_small_has_no_alternative(order, recipe_file):
     recipe_file.write_text(recipe_file.read_text().replace("[[step]]\n", STEPS + "[[step]]\n", 1))
-    found = plan_bundle(order("step.3.embedding=q4_0")).plan.alternative
+    found = plan_bundle(order("step.3.embedding=mxfp4", "step.3.encoding=mxfp4")).plan.alternative
     assert found.smallest > found.nbytes
     assert f"the smallest mix of the whole model takes {found.smallest:,}" in found.words()
 
