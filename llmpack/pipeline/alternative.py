@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmpack.errors import Problem, RecipeError
 from llmpack.models.graph import ModelGraph
@@ -21,14 +21,16 @@ from llmpack.pipeline.limits import Setting
 from llmpack.pipeline.mixes import TOKENS
 from llmpack.pipeline.recipe import Recipe
 from llmpack.pipeline.scoring import find_scores, score_facts
-from llmpack.steps.prune_depth import PruneDepth
-from llmpack.steps.prune_width import PruneWidth
 from llmpack.steps.quantize import FLOATS
 from llmpack.steps.quantize_auto import QuantizeAuto
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmpack.steps.prune_depth import PruneDepth
+    from llmpack.steps.prune_width import PruneWidth
+
+PRUNING = ("prune.depth", "prune.width")
 DIVERGENCE = "divergence"
 VERSION = 1
 """Raised when equal checkpoints would give another divergence."""
@@ -120,7 +122,7 @@ def alternative_to(
 
     Raises RecipeError where the build is to stop on a comparison that has no text.
     """
-    asked = [step.on_dominated for step in recipe.step if isinstance(step, PruneDepth | PruneWidth)]
+    asked = [cast("PruneDepth | PruneWidth", step).on_dominated for step in recipe.step if step.use in PRUNING]
     if all(one == "skip" for one in asked):
         return None
     if recipe.calibration is None:
@@ -169,7 +171,7 @@ def divergence_facts(made: str, known: Known) -> dict[str, Any]:
 
 def compared_after(steps: Sequence[PlannedStep]) -> list[int]:
     """The steps after which the comparison is made: the last before anything is quantized, and the last of all."""
-    pruned = [at for at, one in enumerate(steps) if isinstance(one.step, PruneDepth | PruneWidth)]
+    pruned = [at for at, one in enumerate(steps) if one.step.use in PRUNING]
     if not pruned:
         return []
     plain = [at for at, one in enumerate(steps) if {spec.encoding for spec in one.graph.tensors} <= set(FLOATS)]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from llmpack.documented import Documented, descriptions
 from llmpack.errors import Problem
 from llmpack.pipeline.toml_positions import Key, TomlDocument
 from llmpack.registry import suggestion
@@ -101,8 +102,8 @@ def _shown(value: Any) -> str:
 
 def _description(model: type[BaseModel], loc: Key) -> str:
     owner = model_at(model, loc[:-1])
-    field = owner.model_fields.get(str(loc[-1])) if owner else None
-    text = " ".join((field.description or "").split()) if field else ""
+    known = descriptions(owner) if owner and issubclass(owner, Documented) else {}
+    text = " ".join(known.get(str(loc[-1]), "").split())
     return f"; {text}" if text else ""
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from llmpack.documented import Documented
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class Section(BaseModel):
+class Section(Documented):
     """A table of the recipe: unknown keys are errors, types are exact, nothing changes after reading."""
 
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TargetSection(Section):

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Literal, Self
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from llmpack.documented import Documented
 from llmpack.errors import Problem
 
 
-class RuntimeSettings(BaseModel):
+class RuntimeSettings(Documented):
     """The ``[runtime]`` table of a recipe, in llama.cpp's terms."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     kv: Literal["f16", "q8_0", "q4_0"] = "f16"
     """Type of the KV cache, keys and values alike."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from llmpack.documented import Documented
 from llmpack.models.graph import ModelGraph
 from llmpack.progress import QUIET, Progress
 
@@ -39,7 +40,7 @@ class Workbench:
     progress: Progress = QUIET
 
 
-class Step(BaseModel):
+class Step(Documented):
     """One change to a model. A frozen object; its fields are its options in a recipe.
 
     version  raised when equal options would give other tensors
@@ -48,7 +49,7 @@ class Step(BaseModel):
     trains   whether the result is a model of its own rather than the source in other numbers
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: ClassVar[int] = 1
     copies: ClassVar[int] = 1

@@ -13,8 +13,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from llmpack.documented import Documented
 from llmpack.errors import Problem
 from llmpack.target.device import Device
 from llmpack.target.quantities import Rate, Seconds, Size
@@ -35,10 +36,8 @@ MEASURED_LIMITS: frozenset[str] = frozenset({"memory", "decode", "prefill", "fir
 DEFAULT_CONTEXT = 2048
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+class _Frozen(Documented):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class QualityBudget(_Frozen):
