@@ -7,37 +7,25 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from llmpack.runtime.conversation import Operation, RefusedError, Tell, serve
+from llmpack.runtime.conversation import RefusedError, Tell, serve
 from llmpack.runtime.llama_library import Library
 from llmpack.runtime.llama_session import Session, shared_file
 from llmpack.runtime.meter import read_memory
+from llmpack.runtime.worker import Arguments, Worker
 
-Arguments = Mapping[str, Any]
 
+class LlamaWorker(Worker[Session]):
+    """The operations of llama.cpp: those of every runtime, and its own quantizer."""
 
-class Worker:
-    """The operations; each takes the arguments of a request and returns its result."""
+    names = (*Worker.names, "row_bytes", "quantize_rows")
 
     def __init__(self) -> None:
-        self._bare = asdict(read_memory())
+        super().__init__()  # before the library: what the interpreter takes by itself
         self._library = Library()
-        self._session: Session | None = None
-
-    def operations(self) -> dict[str, Operation]:
-        """Every operation by its name."""
-        names = ("info", "open", "close", "memory", "tokenize", "detokenize", "render", "logits", "generate",
-                 "prefill", "decode", "row_bytes", "quantize_rows")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
-
-    def _opened(self) -> Session:
-        if self._session is None:
-            raise RefusedError("no model is open")
-        return self._session
 
     def info(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """What this build of llama.cpp is, and what the interpreter took before it."""
@@ -61,30 +49,11 @@ class Worker:
             self._session = None
         return {}
 
-    def memory(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """The memory of this process."""
-        return asdict(read_memory())
-
-    def tokenize(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """Token ids of each text."""
-        session = self._opened()
-        special = arguments["add_special"], arguments["parse_special"]
-        return {"tokens": [session.tokenize(text, *special) for text in arguments["texts"]]}
-
     def detokenize(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """The text of token ids."""
         session = self._opened()
         pieces = (session.piece(token, arguments["special"]) for token in arguments["tokens"])
         return {"text": b"".join(pieces).decode("utf-8", "replace")}
-
-    def render(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """A conversation as the text that the model reads."""
-        return {"text": self._opened().render(arguments["messages"], arguments["add_generation_prompt"])}
-
-    def logits(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """Logits of every position, into a file."""
-        self._opened().logits(arguments["tokens"], arguments["file"], tell)
-        return {}
 
     def generate(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Continue a prompt; every piece of text is told as it comes."""
@@ -147,4 +116,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    serve(Worker().operations())
+    serve(LlamaWorker().operations())

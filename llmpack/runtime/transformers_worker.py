@@ -8,38 +8,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from llmpack.runtime.conversation import Operation, RefusedError, Tell, serve
+from llmpack.runtime.conversation import RefusedError, Tell, serve
 from llmpack.runtime.meter import read_memory
+from llmpack.runtime.worker import Arguments, Worker
 
 if TYPE_CHECKING:
     from llmpack.runtime.transformers_session import TransformersSession
 
-Arguments = Mapping[str, Any]
+    Base = Worker[TransformersSession]
+else:
+    Base = Worker  # the session brings transformers with it
+
 LIBRARIES = ("transformers", "torch", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "gptqmodel")
 
 
-class Worker:
-    """The operations; each takes the arguments of a request and returns its result."""
-
-    def __init__(self) -> None:
-        self._bare = asdict(read_memory())
-        self._session: TransformersSession | None = None
-
-    def operations(self) -> dict[str, Operation]:
-        """Every operation by its name."""
-        names = ("info", "open", "close", "memory", "tokenize", "detokenize", "render", "logits", "generate",
-                 "prefill", "decode")  # fmt: skip
-        return {name: getattr(self, name) for name in names}
-
-    def _opened(self) -> TransformersSession:
-        if self._session is None:
-            raise RefusedError("no model is open")
-        return self._session
+class TransformersWorker(Base):
+    """The operations of transformers."""
 
     def info(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Versions of the libraries, and what the interpreter took before them."""
@@ -61,28 +50,9 @@ class Worker:
         self._session = None
         return {}
 
-    def memory(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """The memory of this process."""
-        return asdict(read_memory())
-
-    def tokenize(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """Token ids of each text."""
-        session = self._opened()
-        special = arguments["add_special"], arguments["parse_special"]
-        return {"tokens": [session.tokenize(text, *special) for text in arguments["texts"]]}
-
     def detokenize(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """The text of token ids."""
         return {"text": self._opened().text(arguments["tokens"], special=arguments["special"])}
-
-    def render(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """A conversation as the text that the model reads."""
-        return {"text": self._opened().render(arguments["messages"], arguments["add_generation_prompt"])}
-
-    def logits(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
-        """Logits of every position, into a file."""
-        self._opened().logits(arguments["tokens"], arguments["file"], tell)
-        return {}
 
     def generate(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Continue a prompt; every piece of text is told as it comes."""
@@ -125,4 +95,4 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    serve(Worker().operations())
+    serve(TransformersWorker().operations())

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-
-from llmpack.cli.main import main
+from command_line import command_line
 
 
 @pytest.fixture
 def llmpack(place, monkeypatch, capsys):
     """Run a command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmpack", *map(str, arguments)])
-        monkeypatch.setenv("LLMPACK_CACHE", str(place / "cache"))
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+    return command_line(monkeypatch, capsys, place / "cache")

@@ -9,10 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from command_line import command_line
 from tiny_gguf import write_tiny_gguf
 
 from llmpack.cli import gate
-from llmpack.cli.main import main
 from llmpack.errors import InputRejected
 from llmpack.target.budget import Budget, judge
 from llmpack.target.device import device
@@ -30,17 +30,8 @@ def model(tmp_path_factory):
 @pytest.fixture
 def check(model, tmp_path, monkeypatch, capsys):
     """Run the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments, path=model):
-        monkeypatch.setattr(sys, "argv", ["llmpack", "check", str(path), *map(str, arguments)])
-        monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path / "cache"))
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+    run = command_line(monkeypatch, capsys, tmp_path / "cache", "check")
+    return lambda *arguments, path=model: run(path, *arguments)
 
 
 def rows(out, device=0):

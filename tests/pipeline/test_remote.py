@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import command_line
 from loopback import device, home, host_key  # noqa: F401 - fixtures
 from tiny_gguf import write_tiny_gguf
 
-from llmpack.cli.main import main
 from llmpack.digest import sha256_file
 from llmpack.pipeline.remote import contradictions
 from llmpack.target.device import device as profile
@@ -27,17 +26,7 @@ def model(tmp_path):
 @pytest.fixture
 def llmpack(device, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Run a command on this machine: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llmpack", *map(str, arguments)])
-        monkeypatch.setenv("LLMPACK_CACHE", str(tmp_path / "cache"))
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return run
+    return command_line(monkeypatch, capsys, tmp_path / "cache")
 
 
 def rows(out):

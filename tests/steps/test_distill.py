@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import trial
-from trial import Listener, bench, made, random_corpus
+from trial import Listener, bench, random_corpus
+from trial import distill as step
 
 from llmpack.algorithms.divergence import kl_divergence
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -20,27 +21,9 @@ from llmpack.errors import InputRejected, NumericalError, StepFailed
 from llmpack.models import open_model
 from llmpack.progress import QUIET
 
-QUICK = {"learning_rate": 3e-3, "batch": 2, "check": 4, "top": 16}
-
 
 def corpus_of(seed=1, count=32, length=32):
     return random_corpus(seed, count, length)
-
-
-def step(**options):
-    return made("distill", **{**QUICK, **options})
-
-
-@pytest.fixture(scope="module")
-def source(checkpoint_factory):
-    return Checkpoint.open(checkpoint_factory(num_hidden_layers=3, tokenizer=None))
-
-
-@pytest.fixture(scope="module")
-def student(source, tmp_path_factory):
-    """The source without a block."""
-    folder = tmp_path_factory.mktemp("student")
-    return trial.run(made("prune.depth", blocks=[1], heal="none"), source, folder, None)
 
 
 def run(one, student, source, folder, corpus=None, progress=QUIET):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import trial
-from trial import made, random_corpus
+from trial import distill as step
+from trial import random_corpus
 
 from llmpack.calibration.self_text import PROMPT, self_written
 from llmpack.calibration.student import Student, whole_model
@@ -20,27 +21,9 @@ from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import RecipeError
 from llmpack.models import open_model
 
-QUICK = {"learning_rate": 3e-3, "batch": 2, "check": 4, "top": 16}
-
 
 def corpus_of(count=16, length=24, seed=1):
     return random_corpus(seed, count, length)
-
-
-def step(**options):
-    return made("distill", **{**QUICK, **options})
-
-
-@pytest.fixture(scope="module")
-def source(checkpoint_factory):
-    return Checkpoint.open(checkpoint_factory(num_hidden_layers=3, tokenizer=None))
-
-
-@pytest.fixture(scope="module")
-def student(source, tmp_path_factory):
-    """The source without a block."""
-    one = made("prune.depth", blocks=[1], heal="none")
-    return trial.run(one, source, tmp_path_factory.mktemp("student"), None)
 
 
 def run(one, student, source, folder, corpus=None):

@@ -54,3 +54,8 @@ def note_of(result):
         if entry.get("shard") == "outside":
             return entry["note"]
     raise AssertionError("no shard `outside`")
+
+
+def distill(**options):
+    """`distill` that takes moments."""
+    return made("distill", **{"learning_rate": 3e-3, "batch": 2, "check": 4, "top": 16, **options})
