@@ -53,10 +53,10 @@ def each(function: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[R
         torch.set_num_threads(threads)  # what threads start with that torch has not seen yet
 
 
-def even(count: int, most: int, least: int = 1) -> list[slice]:
-    """`count` rows in even runs: of at most `most`, and enough for all threads where none gets under `least`."""
+def even(count: int, most: int, least: int | None = None) -> list[slice]:
+    """`count` rows in even runs of at most `most`; enough for all threads where none gets under `least`, if given."""
     runs = max(1, -(-count // most))
-    if torch.get_num_threads() > 1:
+    if least is not None and torch.get_num_threads() > 1:
         runs = max(runs, min(AT_ONCE, count // max(1, least)))
     length = max(1, -(-count // runs))
     return [slice(start, min(start + length, count)) for start in range(0, count, length)]

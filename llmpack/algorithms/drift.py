@@ -50,17 +50,19 @@ class DriftSum:
 
     def add(self, reference: Tensor, x: Tensor) -> list[int]:
         """Add pairs [sequences, tokens, columns]; gives back which of these sequences belong to the fit."""
-        fitted = []
-        for at, (was, now) in enumerate(zip(reference, x, strict=True)):
+        fitted, moved = [], reference - x
+        for at, now in enumerate(x):
             self._sequences += 1
-            moved = was - now
             room = HELD_TOKENS - self._held_tokens
             if self._sequences % HELD_EVERY == 0 and room > 0:
-                self._held.append((moved[:room].clone(), now[:room].clone()))
+                self._held.append((moved[at, :room].clone(), now[:room].clone()))
                 self._held_tokens += len(now[:room])
             else:
-                self._sum.add(moved, now)
                 fitted.append(at)
+        if len(fitted) == len(x):
+            self._sum.add(moved, x)
+        elif fitted:
+            self._sum.add(moved[fitted], x[fitted])
         return fitted
 
     def moved(self) -> Tensor:

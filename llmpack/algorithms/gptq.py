@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import Factor, factorize, in_order
 from llmpack.encodings.encoding import Grid, GridEncoding, Levels, Quantized
-from llmpack.parallel import each, even
+from llmpack.parallel import even
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +33,15 @@ Pieces = list[tuple[int, slice]]
 BLOCK = 128
 """Columns rounded one by one before their errors reach the others in one matrix product."""
 
+NUMBERS = 1 << 24
+"""Weights that are rounded at once, as whole rows, which never see each other: this bounds memory. Long columns cost
+few operations; threads would gain nothing, for Python serves one at a time and a column is done in microseconds."""
+
 ROWS = 1024
-"""Rows that a thread rounds at once. Rows never see each other: this bounds memory, and keeps a block of columns in a
-core's cache."""
+"""Rows or columns per product where an error is evaluated."""
 
 STRIP = 16
 """Columns among those of a block whose errors reach each other one by one."""
-
-LEAST_ROWS = 128
-"""Rows under which another thread is not worth its while."""
 
 
 @dataclass(frozen=True)
@@ -99,23 +99,22 @@ def round_together(
     finished = [_Finished.empty(W) for W in weights]
     place = torch.argsort(factor.order)
 
-    def rounded(pieces: Pieces) -> list[_Tile]:
+    for pieces in _pieces([len(W) for W in weights], rows_at_once(len(factor.order))):
         some = [grids[at].select_rows(rows) for at, rows in pieces]
         columns = _Columns.of([weights[at][rows] for at, rows in pieces], some, factor.order, factor.upper.dtype)
         tile = _nearest_plane(columns, factor)
         parts = tile.split([rows.stop - rows.start for _, rows in pieces])
         for (at, rows), part in zip(pieces, parts, strict=True):
-            finished[at].codes[rows] = part.codes.index_select(0, place).T
-        return [replace(part, codes=place[:0]) for part in parts]
-
-    runs = _pieces([len(W) for W in weights])
-    for pieces, tile in zip(runs, each(rounded, runs), strict=True):
-        for (at, _), part in zip(pieces, tile, strict=True):
-            finished[at].count(part)
+            finished[at].add(rows, part, place)
     return [one.rounded(grid, encoding) for one, grid in zip(finished, grids, strict=True)]
 
 
-def _pieces(lengths: Sequence[int]) -> list[Pieces]:
+def rows_at_once(columns: int) -> int:
+    """Rows of so many columns that are rounded together."""
+    return max(1, NUMBERS // columns)
+
+
+def _pieces(lengths: Sequence[int], most: int) -> list[Pieces]:
     """Rows of matrices below each other, cut into even runs: of each run, which rows of which matrix it has."""
     starts = [0, *accumulate(lengths)]
     return [
@@ -124,7 +123,7 @@ def _pieces(lengths: Sequence[int]) -> list[Pieces]:
             for at, (first, last) in enumerate(pairwise(starts))
             if first < run.stop and run.start < last
         ]
-        for run in even(starts[-1], ROWS, LEAST_ROWS)
+        for run in even(starts[-1], most)
     ]
 
 
@@ -159,7 +158,9 @@ class _Finished:
     def empty(cls, W: Tensor) -> _Finished:
         return cls(torch.empty(W.shape, dtype=torch.uint8, device=W.device))
 
-    def count(self, tile: _Tile) -> None:
+    def add(self, rows: slice, tile: _Tile, place: Tensor) -> None:
+        """Take some rows; place: where each column stands in rounding order."""
+        self.codes[rows] = tile.codes.index_select(0, place).T
         self.clipped += float(tile.clipped.sum())
         self.error += float(tile.error.sum())
         self.energy += float(tile.energy.sum())
@@ -180,15 +181,13 @@ def refine(W: Tensor, H: Tensor, start: Quantized, *, sweeps: int = 4) -> Quanti
     hessian, place = in_order(H, order, W.dtype), torch.argsort(order)
     refined = torch.empty(start.codes.shape, dtype=torch.uint8, device=W.device)
 
-    def descend(rows: slice) -> None:
+    for rows in even(len(W), rows_at_once(len(order))):
         columns = _Columns.of([W[rows]], [start.grid.select_rows(rows)], order, W.dtype)
         codes = start.codes[rows].to(torch.uint8).T.index_select(0, order).contiguous()
         for _ in range(sweeps):
             if not _descend(columns, hessian, codes):
                 break
         refined[rows] = codes.index_select(0, place).T
-
-    each(descend, even(len(W), ROWS, LEAST_ROWS))
     return Quantized(refined, start.grid, start.encoding)
 
 

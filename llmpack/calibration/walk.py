@@ -146,7 +146,8 @@ class Visit:
             for output in self._outputs(stream=1):
                 reference = dict(seen)
                 if sums:
-                    self._forward.run(Block(self.index, self._module), next(own))
+                    with self._watched(dict.fromkeys(sums, _look), enough=True):
+                        self._through(next(own))
                 for name, one in sums.items():
                     fitted = one.drift.add(reference[name], seen[name])
                     one.own.add(seen[name] if len(fitted) == len(seen[name]) else seen[name][fitted])
@@ -201,14 +202,20 @@ class Visit:
 
     def _outputs(self, stream: int = 0) -> Iterator[Tensor]:
         count, length, _ = self._activations.shape
-        block = Block(self.index, self._module)
         with self._progress.task(f"block {self.index}", count * length) as done:
             for hidden in self._activations.read(self.index, stream):
-                try:
-                    yield self._forward.run(block, hidden)
-                except _SeenAllError as seen:
-                    uncount("forward", 2.0 * hidden.shape[0] * length * self._after(str(seen)))
+                output = self._through(hidden)
+                if output is not None:
+                    yield output
                 done(hidden.shape[0] * length)
+
+    def _through(self, hidden: Tensor) -> Tensor | None:
+        """What the block puts out, or None where it stopped since all inputs that were asked for had been seen."""
+        try:
+            return self._forward.run(Block(self.index, self._module), hidden)
+        except _SeenAllError as seen:
+            uncount("forward", 2.0 * hidden.shape[0] * hidden.shape[1] * self._after(str(seen)))
+            return None
 
     def _after(self, inputs: str) -> int:
         """Parameters of the linear maps that read an input or one after it."""
@@ -247,6 +254,10 @@ class Visit:
 
 class _SeenAllError(Exception):
     """Every input that was asked for has been seen, the one it names last; nobody needs the outputs of the block."""
+
+
+def _look(_: Tensor) -> None:
+    """Take nothing of an input; that it came is enough."""
 
 
 def _give_input(

@@ -104,7 +104,7 @@ class BlockwiseEncoding(GridEncoding):
             error = values[run] - some.levels().decode(codes[run])
             return self.refit_rows(some, Descent(some.multiples(codes[run]), error, hessian, own.group))
 
-        return stacked(each(moved, even(rows, max(1, tiles.SLAB // columns))))
+        return stacked(each(moved, even(rows, max(1, tiles.SLAB // columns), 1)))
 
     def pack(self, codes: Tensor, grid: Grid) -> np.ndarray:
         """[rows, row bytes] uint8. Raises ValueError where codes and grid do not belong together."""

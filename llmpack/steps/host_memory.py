@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llmpack.algorithms.drift import HELD_EVERY, HELD_TOKENS, STRIP
-from llmpack.algorithms.gptq import ROWS
+from llmpack.algorithms.gptq import rows_at_once
 from llmpack.algorithms.hessian import TILE
 from llmpack.encodings.tiles import TILE as SEARCHED
 from llmpack.models.forward import BATCH_TOKENS
@@ -208,7 +208,7 @@ def _rounding(specs: list[TensorSpec], walk: Walk) -> tuple[Part, ...]:
     largest = max(spec.parameters for spec in specs)
     if not walk.factored:
         return (Part("one matrix and its codes", 8 * largest + _search(largest)),)
-    tile = min(rows, AT_ONCE * ROWS) * columns
+    tile = min(rows, rows_at_once(columns)) * columns
     return (
         Part("matrices and their codes", 5 * numbers),
         Part("rows being rounded", max(_search(largest), 16 * tile, (9 if walk.refined else 5) * largest)),

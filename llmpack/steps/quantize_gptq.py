@@ -54,7 +54,7 @@ class QuantizeGptq(Quantize):
     are those that it will really see: outputs of the blocks rounded before it.
     """
 
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
 
     damping: float = Field(default=0.03, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less. 0.03 is

@@ -125,6 +125,7 @@ class Finding(_Frozen):
     best    the same at the optimistic end of what an estimate may be wrong by; equal to `value` for a measurement
     reason  how it came about ("p10 of 7 repetitions, median 9.31"), or why it is missing
     usable  False for a measurement too noisy to be used; `reason` says so
+    worst   of what is noisy, the worst of all repetitions: it may keep a limit, and cannot break it
     disturbed  what made a measurement worse than the device is: it may keep its limit, and cannot break it
     """
 
@@ -134,6 +135,7 @@ class Finding(_Frozen):
     evidence: Evidence
     reason: str = ""
     usable: bool = True
+    worst: float | None = None
     disturbed: str = ""
 
 
@@ -255,7 +257,7 @@ def _status(
             return usable[-1], "UNMEASURED", usable[-1].disturbed
         return usable[-1], "PASS" if kept else "FAIL", usable[-1].reason
     if here:  # measured, and too noisy: no estimate overrules that
-        return here[-1], "UNMEASURED", here[-1].reason
+        return _noisy(name, bound, here[-1])
     estimates = [f for f in findings if f.evidence.kind == "estimate"]
     why = f"not measured on {device.name}"
     if measured:
@@ -269,6 +271,15 @@ def _status(
         kept = _margin(name, estimate.value, bound) >= 0
         return estimate, "PASS" if kept else "FAIL", f"accepted on an estimate: {estimate.reason}"
     return estimate, "UNMEASURED", f"{why}; an estimate alone does not pass"
+
+
+def _noisy(name: LimitName, bound: float, finding: Finding) -> tuple[Finding, Status, str]:
+    """Noise that leaves the answer open is no evidence; a limit that even the worst repetition keeps is kept."""
+    worst = finding.worst
+    if worst is None or _margin(name, worst, bound) < 0:
+        return finding, "UNMEASURED", finding.reason
+    reason = f"{finding.reason}; this is the worst of all repetitions"
+    return finding.model_copy(update={"value": worst, "best": worst, "reason": reason}), "PASS", reason
 
 
 def _margin(name: LimitName, value: float, bound: float) -> float:

@@ -5,7 +5,8 @@ discarded run of the full shape warms it up; then prompts that fill the context 
 that are written after them are computed from an empty cache, and after each of them tokens are
 written one at a time, so that every timing of writing has a full KV cache before it. At least five
 repetitions, all kept. What spreads beyond `NOISY_CV`, or was disturbed, is measured again, up to three
-rounds; what stays noisy is kept, flagged, and is no evidence; what stays disturbed proves no failure.
+rounds; what stays noisy is kept, flagged, and is no evidence but for limits that every repetition keeps; what stays
+disturbed proves no failure.
 Verdicts use the pessimistic side: p10 of rates, p90 of delays, peak of memory.
 
 Synthetic tokens, as in llama-bench: the time of a dense model does not depend on which tokens it reads.
@@ -40,7 +41,7 @@ from llmpack.target.protocol import STANDARD, Protocol
 from llmpack.target.samples import Samples
 
 NOISY_CV = 0.10
-"""Spread (standard deviation over mean) above which a timing is no evidence."""
+"""Spread (standard deviation over mean) above which a timing is noisy."""
 COLD_SHARE = 0.01
 """A start counts as cold if at most this share of the file was cached before."""
 WRITTEN_TOKENS = 32
@@ -127,6 +128,13 @@ class Measurement:
             found["load"] += "; the start was not cold" if known else "; the start may not have been cold"
         return found
 
+    def worst(self, limit: LimitName) -> float | None:
+        """The slowest repetition of all rounds, of what is measured in repetitions."""
+        if limit == "decode":
+            return min(len(times) / sum(times) for one in self.rounds for times in one.decode)
+        longest = max(seconds for one in self.rounds for seconds in one.prefill)
+        return {"prefill": self.prompt / longest, "first_token": longest}.get(limit)
+
     @property
     def evidence(self) -> Evidence:
         """What its figures rest on."""
@@ -160,6 +168,7 @@ class Measurement:
                 evidence=evidence,
                 reason=why or reason,
                 usable=not why,
+                worst=self.worst(limit) if why else None,
                 disturbed="" if limit == "memory" else disturbed,
             )
 

@@ -130,6 +130,19 @@ def test_noise_is_unmeasured_and_no_estimate_overrules_it():
     assert row.value == 9.0
 
 
+@pytest.mark.parametrize(("worst", "status"), [(8.5, "PASS"), (7.5, "UNMEASURED"), (None, "UNMEASURED")])
+def test_noise_passes_a_limit_that_its_worst_repetition_keeps(worst, status):
+    noisy = finding("decode", 9.0, reason="noisy: spread 30% after 3 rounds", usable=False, worst=worst)
+    row = only_row({"decode": "8 tok/s"}, noisy)
+    assert row.status == status
+    assert row.value == (worst if status == "PASS" else 9.0)
+
+
+def test_noise_fails_no_limit():
+    noisy = finding("decode", 5.0, reason="noisy: spread 30% after 3 rounds", usable=False, worst=4.0)
+    assert only_row({"decode": "8 tok/s"}, noisy).status == "UNMEASURED"
+
+
 def test_nothing_known_is_unmeasured_with_the_reason():
     row = only_row({"prefill": "8 tok/s"}, missing={"prefill": "the arithmetic rate of the device is unknown"})
     assert (row.status, row.value) == ("UNMEASURED", None)

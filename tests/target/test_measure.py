@@ -83,15 +83,34 @@ def test_its_findings_take_the_pessimistic_side(measured):
     assert judge(budget, calm.findings(), measured.device).passes
 
 
-def test_noise_is_no_evidence(measured):
-    wild = replace(quiet(measured), decode=Samples((100.0, 40.0, 160.0, 90.0, 110.0)))
+def test_noise_keeps_only_limits_that_every_repetition_keeps(measured):
+    calm = quiet(measured)
+    rates = (100.0, 40.0, 160.0, 90.0, 110.0)
+    before = replace(calm.rounds[0], decode=((1 / 30.0,) * 32,) * 5)
+    last = replace(calm.rounds[0], decode=tuple((1 / rate,) * 32 for rate in rates))
+    wild = replace(calm, decode=Samples(rates), rounds=(before, last))
     assert wild.decode.cv > NOISY_CV
     found = {f.limit: f for f in wild.findings()}
     assert not found["decode"].usable
+    assert found["decode"].worst == pytest.approx(30.0)
     assert found["prefill"].usable
-    verdict = judge(Budget(decode="1 tok/s", prefill="1 tok/s"), wild.findings(), measured.device)
+    assert found["prefill"].worst is None
+    verdict = judge(Budget(decode="31 tok/s", prefill="1 tok/s"), wild.findings(), measured.device)
     assert [row.status for row in verdict.rows] == ["UNMEASURED", "PASS"]
     assert verdict.rows[0].reason.startswith("noisy: spread")
+    (row,) = judge(Budget(decode="29 tok/s"), wild.findings(), measured.device).rows
+    assert row.status == "PASS"
+    assert row.value == pytest.approx(30.0)
+    assert row.reason.startswith("noisy: spread")
+    assert row.reason.endswith("the worst of all repetitions")
+
+
+def test_the_worst_of_a_noisy_delay_is_the_longest(measured):
+    calm = quiet(measured)
+    wild = replace(calm, rounds=(replace(calm.rounds[0], prefill=(0.1, 0.3, 0.1, 0.2, 0.1)),))
+    assert wild.worst("first_token") == 0.3
+    assert wild.worst("prefill") == measured.prompt / 0.3
+    assert wild.worst("memory") is None
 
 
 @pytest.mark.parametrize(("cold", "words"), [(False, "was still cached"), (None, "does not tell")])

@@ -143,7 +143,7 @@ def bench_findings(
     found: Bench, artifact: str, device: Device, settings: RuntimeSettings, context: int, threads: int,
     load_average: float | None,
 ) -> list[Finding]:  # fmt: skip
-    """The figures as evidence. What was noisy is none; what began on a busy device proves no failure."""
+    """The figures as evidence. What was noisy or began on a busy device proves no failure."""
     evidence = Evidence(
         kind="measurement",
         artifact=artifact,
@@ -158,8 +158,9 @@ def bench_findings(
 
     def finding(limit: LimitName, value: float, samples: Samples, reason: str) -> Finding:
         why = f"noisy: spread {samples.cv:.0%}" if samples.cv > NOISY_CV else ""
+        worst = max(samples.values) if limit == "first_token" else min(samples.values)
         return Finding(limit=limit, value=value, best=value, evidence=evidence, reason=why or reason, usable=not why,
-                       disturbed=busy)  # fmt: skip
+                       worst=worst if why else None, disturbed=busy)  # fmt: skip
 
     count = len(found.prefill.values)
     by = f"of {count} repetitions of llama-bench, median "
