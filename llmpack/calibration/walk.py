@@ -202,7 +202,8 @@ class Visit:
 
     def _outputs(self, stream: int = 0) -> Iterator[Tensor]:
         count, length, _ = self._activations.shape
-        with self._progress.task(f"block {self.index}", count * length) as done:
+        what = "outputs" if self._replaced else "inputs"
+        with self._progress.task(f"block {self.index}, {what}", count * length) as done:
             for hidden in self._activations.read(self.index, stream):
                 output = self._through(hidden)
                 if output is not None:
