@@ -92,6 +92,35 @@ class Text:
             raise RecipeError(problems) from error
 
 
+def require_texts(calibration: Text | None, evaluation: Text | None, cache: Cache) -> dict[str, str]:
+    """Digest of each text by its name, once all are known to be there, long enough, and apart from each other.
+
+    Tokens are read only where this is not known from before. Raises RecipeError with the problems of both texts.
+    """
+    texts = [text for text in (calibration, evaluation) if text is not None]
+    digests: dict[str, str] = {}
+    built: dict[str, Corpus] = {}
+    problems: list[Problem] = []
+    for text in texts:
+        known = text.known_digest(cache)
+        try:
+            if known is None:
+                built[text.name] = text.build(cache)
+        except RecipeError as error:
+            problems += error.problems
+        else:
+            digests[text.name] = known or built[text.name].digest
+    if problems:
+        raise RecipeError(problems)
+    if calibration is not None and evaluation is not None:
+        facts = {"name": "apart", **digests}
+        if cache.find(CORPUS, facts) is None:
+            seen, judged = (built.get(text.name) or text.build(cache) for text in (calibration, evaluation))
+            require_disjoint(seen, evaluation, judged)
+            cache.remember(CORPUS, facts, {})
+    return digests
+
+
 def require_disjoint(calibration: Corpus, evaluation: Text, judged: Corpus) -> None:
     """Raises RecipeError if the text that judges quality is among the text that steps learned from."""
     shared = calibration.overlap(judged)

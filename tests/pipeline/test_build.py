@@ -307,8 +307,19 @@ def test_evaluation_text_must_be_unseen(order, tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"the {i} word of {i * i}\n" for i in range(4000)))
     (tmp_path / "b.txt").write_text((tmp_path / "a.txt").read_text())
     overrides = ('calibration.text=["a.txt"]', 'evaluation.text=["b.txt"]')
-    with pytest.raises(RecipeError, match="of the evaluation text is calibration text too"):
-        build_bundle(order(*overrides, cache=Cache(tmp_path / "cache")))
+    cache = Cache(tmp_path / "cache")
+    for _ in range(2):  # what was looked at once and refused is not taken the next time
+        with pytest.raises(RecipeError, match="of the evaluation text is calibration text too"):
+            build_bundle(order(*overrides, cache=cache))
+    assert not (cache.root / "step").exists()
+
+
+def test_texts_that_are_too_short_are_told_at_once_before_any_step(order, tmp_path):
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(RecipeError) as caught:
+        build_bundle(order("calibration.tokens=9_000_000", "evaluation.tokens=8_000_000", cache=cache))
+    assert [problem.path for problem in caught.value.problems] == ["calibration.text", "evaluation.text"]
+    assert not (cache.root / "step").exists()
 
 
 def test_a_recipe_without_steps_converts(order, recipe_file, shared):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmpack.pipeline.corpora import Text, require_disjoint
+from llmpack.pipeline.corpora import Text
 from llmpack.pipeline.evidence import Original, measurement, needs_measuring, quality
 from llmpack.pipeline.plan import is_host
 from llmpack.pipeline.state import Build
@@ -22,14 +22,12 @@ def measure(build: Build) -> Build:
     """Fill in `findings` and `reports`.
 
     Speed and memory are measured only where the device is this machine and a limit asks for them; quality wherever
-    the recipe has evaluation text. Raises RecipeError for evaluation text that is calibration text too, RuntimeFailed.
+    the recipe has evaluation text. Raises RuntimeFailed.
     """
     findings: list[Finding] = []
     reports: dict[str, Any] = dict(build.reports)
-    corpora = dict(build.corpora)
     if build.evaluation is not None:
-        text = _digest(build, build.evaluation)
-        corpora["evaluation"] = text
+        text = build.corpora["evaluation"]
         found = quality(build.subject, _original(build, build.evaluation, text), device(HOST), build.cache)
         findings += found.findings
         reports["quality"] = found.report
@@ -45,22 +43,11 @@ def measure(build: Build) -> Build:
         )
         findings += found.findings
         reports["measurement"] = found.report
-    return replace(build, findings=tuple(findings), reports=reports, corpora=corpora)
+    return replace(build, findings=tuple(findings), reports=reports)
 
 
 def _host(build: Build) -> Device:
     return next(look.device for look in build.plan.outlooks if look.device.name == HOST)
-
-
-def _digest(build: Build, evaluation: Text) -> str:
-    """Digest of the evaluation tokens, after a look that calibration has not seen them."""
-    known = evaluation.known_digest(build.cache)
-    if known is not None and (build.calibration is None or build.calibration.known_digest(build.cache) is not None):
-        return known
-    judged = evaluation.build(build.cache)
-    if build.calibration is not None:
-        require_disjoint(build.calibration.build(build.cache), evaluation, judged)
-    return judged.digest
 
 
 def _original(build: Build, evaluation: Text, text: str) -> Original:

@@ -14,6 +14,7 @@ from llmpack.pipeline.alternative import DIVERGENCE, compared_after, divergence_
 from llmpack.pipeline.cache import Slot
 from llmpack.pipeline.chain import STEP, Known, PlannedStep
 from llmpack.pipeline.choosing import Choice
+from llmpack.pipeline.corpora import require_texts
 from llmpack.pipeline.host_memory import require_free_memory
 from llmpack.pipeline.keys import step_facts
 from llmpack.pipeline.memory_cap import capped_memory
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
 def run(build: Build) -> Build:
     """Fill in `source`, `corpora`, `checkpoint` and `steps`.
 
-    Raises BudgetMissed if the plan cannot fit, EnvironmentProblem for lack of disk or memory, StepFailed and its kinds.
+    Raises BudgetMissed if the plan cannot fit, EnvironmentProblem for lack of disk or memory, RecipeError for texts
+    that are too short or of which one holds the other, StepFailed and its kinds.
     """
     _require_hope(build)
+    texts = require_texts(build.calibration, build.evaluation, build.cache)
     source = build.origin.digest(build.cache)
     corpus = _Calibration(build)
     checkpoint, digest, graph = build.origin.checkpoint, source, build.origin.graph
@@ -50,7 +53,7 @@ def run(build: Build) -> Build:
         if index in compared_after(build.plan.steps):
             start = _Before(build.origin.checkpoint, build.origin.graph, source, source, corpus)
             build = _weighed(build, start, checkpoint)
-    return replace(build, source=source, corpora=corpus.digests, checkpoint=checkpoint, steps=tuple(records))
+    return replace(build, source=source, corpora=texts, checkpoint=checkpoint, steps=tuple(records))
 
 
 def _require_hope(build: Build) -> None:
@@ -194,11 +197,6 @@ class _Calibration:
         if self._text is None:
             raise StepFailed("candidates are judged on calibration text, and the recipe has none")
         return self._text.after(tokens)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Digest by name, for the record."""
-        return {"calibration": self.digest} if self.digest else {}
 
 
 def _run_step(
