@@ -22,16 +22,19 @@ import torch
 Unpacked = Iterator[tuple[str, torch.Tensor]]
 
 
-def greedy(model: Any, tokens: list[int], count: int) -> tuple[np.ndarray, list[int]]:
-    """Logits [T, V] float32 of the probe, and `count` tokens after it, each the likeliest; no cache."""
-    ids = torch.tensor([tokens])
+def greedy(model: Any, tokens: list[int], count: int) -> tuple[np.ndarray, list[int], list[float]]:
+    """Logits [T, V] float32 of the probe; `count` tokens after it, each the likeliest; the lead of each. No cache."""
+    added: list[int] = []
+    leads = []
     with torch.no_grad():
-        first = model(input_ids=ids).logits[0].float()
-        added = [int(first[-1].argmax())]
-        while len(added) < count:
-            ids = torch.tensor([[*tokens, *added]])
-            added.append(int(model(input_ids=ids).logits[0, -1].float().argmax()))
-    return first.numpy(), added
+        first = last = model(input_ids=torch.tensor([tokens])).logits[0].float()
+        while True:
+            best = last[-1].topk(2)
+            added.append(int(best.indices[0]))
+            leads.append(float(best.values[0] - best.values[1]))
+            if len(added) == count:
+                return first.numpy(), added, leads
+            last = model(input_ids=torch.tensor([[*tokens, *added]])).logits[0].float()
 
 
 def digest(matrix: torch.Tensor) -> str:
@@ -52,7 +55,7 @@ def main(
     for place, (folder, tokens) in enumerate(zip(asked["folders"], asked["tokens"], strict=True)):
         try:
             model = load(folder).eval()
-            logits, added = greedy(model, tokens, asked["count"])
+            logits, added, _ = greedy(model, tokens, asked["count"])
             with torch.no_grad():
                 found = {} if unpacked is None else {name: digest(matrix) for name, matrix in unpacked(model)}
         except Exception as fault:  # noqa: BLE001 (whatever a loader complains of is the result)

@@ -13,6 +13,8 @@ TORCH = "torch==2.13.0"  # the build for CPUs; a newer one, or one left to chanc
 GPTQMODEL = ("gptqmodel==7.0.0", "optimum==2.3.0", "transformers==5.8.1", "torchvision==0.28.0", "requests")
 AUTO_GPTQ = ("auto-gptq==0.7.1", "transformers==4.46.3", "optimum==2.3.0", "peft==0.13.2")
 BITSANDBYTES = ("bitsandbytes==0.50.2", "transformers==5.23.0", "accelerate==1.15.0")
+ONNX = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0", "transformers==5.23.0")
+NEURAL_COMPRESSOR = ("neural-compressor-pt==3.10", "transformers==5.23.0", "accelerate==1.15.0")
 
 CACHE = Path.home() / ".cache/llmpack/interop"
 VARIABLES = {

@@ -1,4 +1,5 @@
-"""Optimum's loader, without what transformers adds to it: an empty model and the folder."""
+"""Optimum's loader, without what transformers adds to it: an empty model, the folder and a kernel (see
+transformers_gptqmodel.py)."""
 
 import torch
 import torchvision_operators  # noqa: F401 (before GPTQModel)
@@ -12,9 +13,9 @@ def load(folder: str) -> torch.nn.Module:
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     with init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     empty.tie_weights()
-    return load_quantized_model(empty, folder, device_map={"": "cpu"})
+    return load_quantized_model(empty, folder, device_map={"": "cpu"}, backend="torch")
 
 
 main(load, ("optimum", "gptqmodel", "transformers", "torch"))
