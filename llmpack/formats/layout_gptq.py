@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 QUANTIZE_CONFIG = "quantize_config.json"
 FORMATS = {1: "gptq", 2: "gptq_v2"}
-"""``checkpoint_format`` by version."""
+"""``checkpoint_format`` by version. Optimum alone looks for it as ``format``."""
 
 STRIP = 1 << 22
 """Codes that become words at once."""
@@ -128,6 +128,7 @@ class Gptq(Layout):
         if not quantized:
             return None
         bits, group, symmetric = int_options(quantized[0].encoding)
+        version = FORMATS[version_of(quantized[0].encoding)]
         return {
             "quant_method": "gptq",
             "bits": bits,
@@ -137,7 +138,8 @@ class Gptq(Layout):
             "static_groups": True,
             "true_sequential": True,
             "lm_head": False,
-            "checkpoint_format": FORMATS[version_of(quantized[0].encoding)],
+            "checkpoint_format": version,
+            "format": version,
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"llmpack:{llmpack.__version__}"]},
             **_left_out(graph),

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,13 @@ def tell(event: dict[str, Any]) -> None:
     print("@" + json.dumps(event), flush=True)
 
 
-def run(script: Path, *arguments: str) -> list[dict[str, Any]]:
+def run(
+    script: Path, *arguments: str, python: Path | str = sys.executable, env: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """In the parent: run a part, and give what it told. Every phase gets `tree`: the most that was resident in all
     processes together, sampled from outside, and never less than the kernel's own mark of the child."""
-    command = [sys.executable, str(script), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child, Watch(child.pid) as watch:
+    command = [str(python), str(script), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as child, Watch(child.pid) as watch:
         events = []
         for line in child.stdout or ():
             if not line.startswith("@"):

@@ -105,7 +105,7 @@ def test_loaders_are_told_what_it_is(name, rounded, tmp_path):
     assert config["quantization_config"] == told
     assert config["torch_dtype"] == "float16"
     assert (told["bits"], told["group_size"], told["sym"], told["desc_act"]) == (bits, group, symmetric, False)
-    assert told["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+    assert told["checkpoint_format"] == told["format"] == ("gptq" if symmetric else "gptq_v2")
     assert told["quant_method"] == "gptq"
     assert "dynamic" not in told
 
