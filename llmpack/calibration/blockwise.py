@@ -303,7 +303,7 @@ class Blockwise:
 
     def _taught(self, part: slice) -> int:
         """How many sequences of a batch are learned from."""
-        return max(0, min(part.stop, len(self._corpus.tokens) - self._held) - part.start)
+        return max(0, min(int(part.stop), len(self._corpus.tokens) - self._held) - int(part.start))
 
     def _batches(self, places: range) -> Iterator[tuple[slice, Tensor, tuple[Tensor, ...]]]:
         """The sequences of each batch, what the first block of a window sees, and where each block should lead."""

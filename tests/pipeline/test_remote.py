@@ -157,7 +157,7 @@ def test_a_device_without_python_is_measured_by_llama_bench(llmpack, device, mod
 
 
 def test_a_llama_bench_that_wants_more_than_the_budget_ends_in_a_verdict(llmpack, device, model):  # noqa: F811
-    hungry = f"exec {sys.executable} -c 'import time; held = bytes(60 << 20); time.sleep(60)'"
+    hungry = f"exec {sys.executable} -c 'import time; held = [0] * (8 << 20); time.sleep(60)'"
     bench_program(device, f"{hungry} # {{answer}}")
     code, out, err = llmpack("check", model, "--on", device.address, "--budget", "memory=40 MiB", *ASKED[2:])
     assert code == 4, err
