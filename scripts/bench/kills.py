@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ import metered
 from llmpack.cli.show import columns
 from llmpack.units import format_seconds
 
+_BLOCK = re.compile(r"block (\d+)\b")
+
 
 class Telling:
     """In the child: progress that tells the parent of every block that is begun."""
@@ -32,9 +35,8 @@ class Telling:
     @contextmanager
     def task(self, title: str, total: float) -> Iterator[Callable[[float], None]]:
         """Tell of it, if it is a pass over a block."""
-        kind, _, index = title.partition(" ")
-        if kind == "block" and index.isdigit():
-            metered.tell({"block": int(index)})
+        if found := _BLOCK.match(title):
+            metered.tell({"block": int(found[1])})
         yield lambda done: None
 
     def say(self, message: str) -> None:
