@@ -15,16 +15,12 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hypothesis
 import pytest
 from filelock import FileLock
-from small_recipe import RECIPE, SHORT
 from tiny_config import TINY
-
-if TYPE_CHECKING:
-    from llmpack.pipeline.state import Build
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -204,16 +200,3 @@ def packable(checkpoint_factory: Factory, demo_gguf: Path, tmp_path_factory: pyt
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A tiny Llama\n")
     (folder / "LICENSE").write_text("The licence of a tiny Llama.\n")
     return folder
-
-
-@pytest.fixture(scope="session")
-def small_build(packable: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """The finished build of `small_recipe.RECIPE`, made once a worker; whoever changes a file of it changes a copy."""
-    from llmpack.pipeline.build import build_bundle
-    from llmpack.pipeline.cache import Cache
-    from llmpack.pipeline.state import Order
-
-    folder = tmp_path_factory.mktemp("small-build")
-    recipe = folder / "tiny.toml"
-    recipe.write_text(RECIPE.format(model=packable))
-    return build_bundle(Order(recipe, folder / "out", Cache(folder / "cache"), protocol=SHORT))

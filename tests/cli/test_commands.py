@@ -5,18 +5,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small_recipe import RECIPE, SHORT
+
+from llmpack.pipeline.build import build_bundle
+from llmpack.pipeline.cache import Cache
+from llmpack.pipeline.state import Order
 
 pytestmark = pytest.mark.xdist_group("pipeline-build")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, small_build):
+def place(tmp_path_factory, packable):
     """Two recipes, of which one asks for nothing that must be measured, a cache, and a bundle."""
     folder = tmp_path_factory.mktemp("commands")
-    recipe = Path(shutil.copy(small_build.order.recipe, folder))
+    recipe = folder / "tiny.toml"
+    recipe.write_text(RECIPE.format(model=packable))
     (folder / "unmeasured.toml").write_text(recipe.read_text().replace('memory = "600 MiB"\n', ""))
-    shutil.copytree(small_build.order.out, folder / "out")
-    shutil.copytree(small_build.order.cache.root, folder / "cache")
+    build_bundle(Order(recipe, folder / "out", Cache(folder / "cache"), protocol=SHORT))
     return folder
 
 

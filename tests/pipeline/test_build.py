@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from small_recipe import RECIPE, SHORT
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.digest import sha256_file
@@ -29,6 +30,7 @@ from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.check import Question, check
 from llmpack.pipeline.manifest import Manifest
 from llmpack.pipeline.planning import plan_bundle
+from llmpack.pipeline.state import Order
 from llmpack.pipeline.verify import verify_bundle
 
 pytestmark = pytest.mark.xdist_group("pipeline-build")
@@ -51,15 +53,17 @@ class Watcher:
 
 
 @pytest.fixture(scope="module")
-def built(small_build):
-    """The bundle of the recipe, made once."""
-    return small_build
+def shared(tmp_path_factory):
+    """A cache that the tests of this module share, so that a step runs once."""
+    return tmp_path_factory.mktemp("shared") / "cache"
 
 
 @pytest.fixture(scope="module")
-def shared(built):
-    """The cache that it was made with, which the tests of this module share, so that a step runs once."""
-    return built.order.cache.root
+def built(shared, packable):
+    """The bundle of the recipe, made once."""
+    recipe = shared.parent / "tiny.toml"
+    recipe.write_text(RECIPE.format(model=packable))
+    return build_bundle(Order(recipe, shared.parent / "out", Cache(shared), protocol=SHORT))
 
 
 def left_in(folder):
