@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +50,11 @@ class Activations:
         whole = [index for index in found if self.path(index).stat().st_size == self.nbytes]
         return max(whole, default=None)
 
-    def keep_only(self, index: int | None) -> None:
-        """Remove every file of activations but that of one block."""
+    def keep_only(self, index: int | None, spared: Collection[Path] = ()) -> None:
+        """Remove every file of activations but that of one block, and those that are `spared`."""
+        kept = {*spared} if index is None else {*spared, self.path(index)}
         for path in self.folder.iterdir():
-            stale = path.name.startswith("activations-") and (index is None or path != self.path(index))
+            stale = path.name.startswith("activations-") and path not in kept
             if stale or (is_temporary(path.name) and path.name.startswith(".activations-")):
                 path.unlink()
 
@@ -97,8 +98,8 @@ class Activations:
         """Where the reference's inputs of block `index` wait until those of the walk itself are there."""
         return self.path(index).with_suffix(".reference")
 
-    def begin(self, index: int) -> None:
-        """Let the draft become the inputs of block `index`, and remove those of all others."""
+    def begin(self, index: int, spared: Collection[Path] = ()) -> None:
+        """Let the draft become the inputs of block `index`, and remove those of all others but the files `spared`."""
         self.draft(index).replace(self.path(index))
         fsync_folder(self.folder)
-        self.keep_only(index)
+        self.keep_only(index, spared)

@@ -47,12 +47,15 @@ class Checkpoint:
     _digests: dict[str, str] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, *, quantized: bool = False) -> Checkpoint:
         """Open a folder that anybody may have made; no weight is read.
+
+        quantized  also one whose config says that its weights are codes of another program: they can be listed, and
+                   mean nothing here
 
         Raises InputRejected with every problem, each with rule and file, and EnvironmentProblem if there is no folder.
         """
-        return cls(*_inspect(folder), _digests={})
+        return cls(*_inspect(folder, quantized), _digests={})
 
     @classmethod
     def reopen(cls, folder: Path) -> Checkpoint:
@@ -149,12 +152,12 @@ class Checkpoint:
 _Parts = tuple[Path, Mapping[str, Any], Mapping[str, StoredTensor], tuple[Path, ...], Mapping[Path, MappedFile]]
 
 
-def _inspect(folder: Path) -> _Parts:
+def _inspect(folder: Path, quantized: bool = False) -> _Parts:
     """Everything that `open` checks, with all problems in one refusal."""
     if not folder.is_dir():
         raise EnvironmentProblem(f"{folder}: there is no such folder")
     problems: list[Problem] = []
-    config = _config(folder, problems)
+    config = _config(folder, quantized, problems)
     problems += folder_intake.code_problems(folder)
     headers = _headers(folder, problems)
     tensors: dict[str, StoredTensor] = {}
@@ -177,7 +180,7 @@ def _inspect(folder: Path) -> _Parts:
     return folder, MappingProxyType(config), ordered, files, mapped
 
 
-def _config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
+def _config(folder: Path, quantized: bool, problems: list[Problem]) -> dict[str, Any]:
     path = folder / folder_intake.CONFIG
     if not path.exists() and not path.is_symlink():
         text = "there is no config.json; a checkpoint is a folder as transformers saves it"
@@ -192,9 +195,9 @@ def _config(folder: Path, problems: list[Problem]) -> dict[str, Any]:
     except InputRejected as refusal:
         problems += refusal.problems
         return {}
-    quantized = config_intake.quantized_config_problem(config, str(path))
-    if quantized:
-        problems.append(quantized)
+    refusal_of_codes = None if quantized else config_intake.quantized_config_problem(config, str(path))
+    if refusal_of_codes:
+        problems.append(refusal_of_codes)
     return config
 
 

@@ -114,7 +114,9 @@ def plan(
 @command
 def check(
     session: Session,
-    path: Annotated[Path, typer.Argument(help="A bundle's folder, or a GGUF file.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="A bundle, a GGUF file, or a folder of safetensors files.", show_default=False)
+    ],
     budget: Limits = None,
     device: Annotated[
         list[str] | None,
@@ -130,7 +132,7 @@ def check(
     cache: CacheFolder = None,
     no_wait: NoWait = False,
 ) -> int:
-    """Judge a bundle or any GGUF file against a budget; exit code 0 only if every limit passes, else 4."""
+    """Judge a bundle or any model against a budget; exit code 0 only if every limit passes, else 4."""
     import gc
 
     gc.disable()  # as for a plan

@@ -1,4 +1,6 @@
-"""`llmpack check`: judge a bundle or any GGUF file against a budget, for this machine or for other devices.
+"""`llmpack check`: judge a bundle or any model against a budget, for this machine or for other devices.
+
+A model is a GGUF file, which runs in llama.cpp, or a folder of safetensors files, which runs in transformers.
 
 What was found when a bundle was made counts as long as file, machine, settings and context are the same; only what
 that does not cover is measured: where the device is this machine, or on a device that is reached over the network
@@ -95,11 +97,11 @@ class Question:
 
 
 def check(path: Path, cache: Cache, question: Question) -> Checked:
-    """Judge a bundle or a GGUF file.
+    """Judge a bundle, a GGUF file or a folder of safetensors files.
 
-    Raises UsageError where no limit is declared, RecipeError for limits that cannot be, VerificationFailed for a
-    changed bundle, EnvironmentProblem for a device file that promises more than this machine has, RuntimeFailed; with
-    another device what `pipeline.remote` raises.
+    Raises UsageError where no limit is declared, InputRejected for a damaged file or folder, RecipeError for limits
+    that cannot be, VerificationFailed for a changed bundle, EnvironmentProblem for a device file that promises more
+    than this machine has, RuntimeFailed; with another device what `pipeline.remote` raises.
     """
     if question.on is not None and question.estimate_only:
         raise UsageError("--on measures on a device, --estimate-only measures nothing; give one of them")
@@ -112,6 +114,9 @@ def check(path: Path, cache: Cache, question: Question) -> Checked:
         raise UsageError(f"{path}: {text}")
     names = question.devices or terms.target.names
     if question.on is not None:
+        if not packed.outline.in_llama:
+            text = "--on measures GGUF files, and this folder runs in transformers; run `llmpack check` on the device"
+            raise UsageError(f"{path}: {text}")
         return _checked_there(packed, terms, document, names, cache, question)
     devices = _devices(names, terms, packed, document)
     judged = [_judged(packed, terms, chosen, cache, question) for chosen in devices]
@@ -249,7 +254,8 @@ def _helps(finding: Finding, guess: Estimate, chosen: Device) -> bool:
 def _no_quality(packed: Packed, question: Question) -> dict[str, str]:
     """Why there may be no figures of quality."""
     if packed.manifest is None:
-        text = "a file alone does not tell which model it was made from; check the bundle's folder"
+        kind = "file" if packed.path.is_file() else "folder"
+        text = f"a {kind} alone does not tell which model it was made from; check a bundle, which does"
     elif question.estimate_only:
         text = "only the header was read"
     else:

@@ -1,4 +1,4 @@
-"""The model of a safetensors bundle as it lies there: its files, its tensors, its outline. Headers only, no torch."""
+"""A model as transformers saves one, as it lies there: its files, its tensors, its outline. Headers only, no torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from llmpack.models.graph import ModelGraph
 from llmpack.target.outline import Outline
 
 WEIGHTS = ".safetensors"
+ADAPTER = "adapter_config.json"
+"""What transformers takes a folder for an adapter by, whose base model it then loads from elsewhere."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that holds a model among the other files of a bundle.
+    """A folder that holds a model among other files, such as those of a bundle.
 
     files    names of the model's files
     config   of config.json
@@ -56,6 +58,27 @@ class ModelFolder:
         manifest = Manifest.read(Bundle.open(path, contents=False).manifest, str(path / MANIFEST))
         return cls.open(path, manifest.made["artifact"])
 
+    @classmethod
+    def found(cls, path: Path) -> ModelFolder:
+        """A folder that anybody may have made, its weights plain or quantized, of any architecture.
+
+        Raises InputRejected with every problem.
+        """
+        from llmpack.checkpoint.checkpoint import Checkpoint
+        from llmpack.checkpoint.folder_intake import INDEX
+
+        if (path / ADAPTER).exists():
+            text = "an adapter beside the weights, which transformers would load with them; merge it, or take it away"
+            raise InputRejected([Problem(text, where=str(path / ADAPTER), rule="adapter")])
+        opened = Checkpoint.open(path, quantized=True)
+        weights = sorted({tensor.file.name for tensor in opened.tensors.values()})
+        index = [INDEX] if (path / INDEX).is_file() else []
+        files = (CONFIG, *weights, *index, *(file.name for file in opened.tokenizer_files))
+        tensors: dict[str, HeaderTensor] = {}
+        for name in weights:
+            tensors |= read_header(path / name).tensors
+        return cls(path, files, opened.config, tensors)
+
     @property
     def size(self) -> int:
         """Bytes of all files of the model."""
@@ -73,7 +96,7 @@ class ModelFolder:
     @property
     def outline(self) -> Outline:
         """What is known about its memory and its speed."""
-        return Outline.of_graph(self.graph).measured_alone()
+        return Outline.of_config(self.config)
 
     def rows(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
         """Name, shape, encoding and bytes of every tensor of the model, whatever it is stored as."""

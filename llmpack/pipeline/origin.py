@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llmpack.models import open_model
 from llmpack.models.graph import ModelGraph
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.keys import file_facts, import_facts
+from llmpack.pipeline.model_folder import ModelFolder
 from llmpack.pipeline.recipe import Recipe
 from llmpack.pipeline.toml_positions import TomlDocument
 
@@ -104,7 +105,17 @@ def _imported(gguf: GgufFile, dtype: str, cache: Cache) -> Checkpoint:
 def file_digest(gguf: GgufFile, cache: Cache) -> str:
     """Hex sha256 of a GGUF file; remembered while the file does not change."""
     facts = {"name": "file digest", "files": [file_facts(gguf.path)]}
-    with cache.claim(DIGEST, facts, f"the digest of {gguf.path.name}") as slot:
+    return _remembered(facts, gguf.path, cache, lambda: gguf.digest(cache.progress))
+
+
+def folder_digest(folder: ModelFolder, cache: Cache) -> str:
+    """What stands for the model in a folder; remembered while none of its files changes."""
+    facts = {"name": "folder digest", "files": [file_facts(folder.path / name) for name in folder.files]}
+    return _remembered(facts, folder.path, cache, folder.digest)
+
+
+def _remembered(facts: Mapping[str, Any], path: Path, cache: Cache, digest: Callable[[], str]) -> str:
+    with cache.claim(DIGEST, facts, f"the digest of {path.name}") as slot:
         if slot.entry is not None:
             return str(slot.entry.result["digest"])
-        return str(slot.finish({"digest": gguf.digest(cache.progress)}).result["digest"])
+        return str(slot.finish({"digest": digest()}).result["digest"])

@@ -1,4 +1,6 @@
-"""A finished model as `check` and `eval` take it up again: a bundle with its manifest, or a GGUF file alone.
+"""A finished model as `check` and `eval` take it up again: a bundle with its manifest, or a model alone.
+
+A model alone is a GGUF file, or a folder of safetensors files as transformers saves one.
 
 Modules that only bundles or measuring need are imported where they are needed: a check of a header takes half a second.
 """
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import Problem, UsageError, VerificationFailed
-from llmpack.formats.bundle import MANIFEST, Bundle, disk_usage
+from llmpack.formats.bundle import CONFIG, MANIFEST, Bundle, disk_usage
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.model_folder import ModelFolder
 from llmpack.pipeline.toml_positions import TomlDocument
@@ -32,10 +34,10 @@ class Packed:
     """A model and what was found out about it.
 
     path      as it was given
-    model     the GGUF file, or the folder of a safetensors bundle
+    model     the GGUF file, or the folder of safetensors files
     sha256    of the model as it is now; empty if its contents were not looked at
-    manifest  None for a bare file
-    disk      bytes of disk that all files take, in whole blocks
+    manifest  None for a model alone
+    disk      bytes of disk that all files of the bundle or of the model take, in whole blocks
     """
 
     path: Path
@@ -46,7 +48,7 @@ class Packed:
 
     @classmethod
     def open(cls, path: Path, cache: Cache, *, contents: bool = True) -> Packed:
-        """Open a bundle's folder or a GGUF file.
+        """Open a bundle's folder, a GGUF file or a folder of safetensors files.
 
         contents  read the whole file for its digest; without it the header alone is read, and nothing that was
                   found about the bundle earlier is believed
@@ -57,8 +59,10 @@ class Packed:
         if path.is_file():
             gguf = GgufFile.open(path)
             return cls(path, gguf, _digest(gguf, cache) if contents else "", None, disk_usage([gguf.size]))
-        if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
-            raise UsageError(f"{path}: a checkpoint folder; what is judged is a GGUF file or a bundle made from it")
+        if not (path / MANIFEST).is_file() and ((path / CONFIG).is_file() or any(path.glob("*.safetensors"))):
+            folder = ModelFolder.found(path)
+            sizes = [(path / name).stat().st_size for name in folder.files]
+            return cls(path, folder, _digest(folder, cache) if contents else "", None, disk_usage(sizes))
         from llmpack.pipeline.manifest import Manifest
 
         bundle = Bundle.open(path, contents=False)
@@ -81,11 +85,11 @@ class Packed:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The recipe that it was made with, as JSON values; empty for a bare file."""
+        """The recipe that it was made with, as JSON values; empty for a model alone."""
         return self.manifest.made["recipe"] if self.manifest else {}
 
     def recipe(self) -> tuple[Recipe, TomlDocument]:
-        """The recipe of a bundle. Raises UsageError for a bare file."""
+        """The recipe of a bundle. Raises UsageError for a model alone."""
         from llmpack.pipeline.recipe import validate
 
         if self.manifest is None:
@@ -106,9 +110,9 @@ class Packed:
 
 
 def _digest(model: GgufFile | ModelFolder, cache: Cache) -> str:
-    from llmpack.pipeline.origin import file_digest
+    from llmpack.pipeline.origin import file_digest, folder_digest
 
-    return model.digest() if isinstance(model, ModelFolder) else file_digest(model, cache)
+    return folder_digest(model, cache) if isinstance(model, ModelFolder) else file_digest(model, cache)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

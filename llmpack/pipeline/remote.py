@@ -25,6 +25,7 @@ from llmpack.pipeline.evidence import Found, Subject, keep, kept
 from llmpack.pipeline.on_device import Answer, Request
 from llmpack.target.budget import Finding
 from llmpack.target.device import Device
+from llmpack.target.enforcement import CapExceededError, Exceeded
 from llmpack.target.protocol import Protocol
 from llmpack.target.remote.address import Address
 from llmpack.target.remote.identity import identify
@@ -96,7 +97,7 @@ class Reached:
         path = self.station.push(subject.path, subject.sha256)
         self.station.progress.say(f"measuring on {self.station.name}")
         if self.runtime is None:
-            return self._benched(path, subject, context, protocol)
+            return self._benched(path, subject, context, cap, protocol)
         request = Request(
             operation="measure",
             path=path,
@@ -119,14 +120,21 @@ class Reached:
         )
         return finding.model_copy(update={"evidence": evidence})
 
-    def _benched(self, path: str, subject: Subject, context: int, protocol: Protocol) -> Found:
+    def _benched(self, path: str, subject: Subject, context: int, cap: int | None, protocol: Protocol) -> Found:
         settings = subject.settings
         threads = settings.threads or self.device.cores
         if threads is None:
             text = f"{self.station.name}: its cores are unknown; give the threads with --set runtime.threads=N"
             raise DeviceProblem(text, kind="unknown")
-        found = bench(self.station, path, settings, context, threads, protocol)
-        findings = bench_findings(found, subject.sha256, self.device, settings, context, threads, self.load_average)
+        try:
+            found = bench(self.station, path, settings, context, threads, protocol, cap)
+        except CapExceededError as ended:
+            assert cap is not None
+            settings = settings.model_copy(update={"threads": threads})
+            exceeded = Exceeded(subject.sha256, self.device, settings, context, cap, ended.means, ended.memory)
+            return Found(tuple(exceeded.findings()), exceeded.to_json())
+        load = self.load_average
+        findings = bench_findings(found, subject.sha256, self.device, settings, context, threads, load, cap)
         report = {"kind": "measurement", "protocol": "llama-bench", "device": self.device.model_dump(mode="json"),
                   **asdict(found)}  # fmt: skip
         return Found(tuple(findings), report)

@@ -57,7 +57,7 @@ LLAMA_ALONE = ("kv", "flash_attention", "load")
 def foreign_to_transformers(settings: RuntimeSettings) -> list[Problem]:
     """Settings that transformers, which runs safetensors bundles, does not have; `path` names the key."""
     usual = RuntimeSettings()
-    text = "is a setting of llama.cpp; a safetensors bundle runs in transformers, leave it out"
+    text = "is a setting of llama.cpp; a safetensors folder runs in transformers, leave it out"
     changed = [name for name in LLAMA_ALONE if getattr(settings, name) != getattr(usual, name)]
     return [Problem(f"{name} {text}", name) for name in changed]
 

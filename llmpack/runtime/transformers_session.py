@@ -34,8 +34,9 @@ class TransformersSession:
         self._batch, self._threads, self._context = settings["batch"], settings["threads"], context
         self._tokenizer = _refusing(lambda: transformers.AutoTokenizer.from_pretrained(path, local_files_only=True))
         self._config = _refusing(lambda: transformers.AutoConfig.from_pretrained(path, local_files_only=True))
-        trained = int(self._config.max_position_embeddings)
-        if context is not None and context > trained:
+        self._text = self._config.get_text_config()  # of models that see or hear too, the part that writes
+        trained = getattr(self._text, "max_position_embeddings", None)
+        if context is not None and trained is not None and context > trained:
             raise RefusedError(f"a context of {context} is beyond the {trained} that the model was trained for")
         self._model: Any = None if context is None else _loaded(path)
         self._cache: Any = None
@@ -43,7 +44,7 @@ class TransformersSession:
 
     def facts(self) -> dict[str, Any]:
         """What `Opened` holds, but for time and memory."""
-        config, tokenizer, model = self._config, self._tokenizer, self._model
+        config, text, tokenizer, model = self._config, self._text, self._tokenizer, self._model
         kind = str(getattr(config, "model_type", "model"))
         weights = {} if model is None else {"model.CPU": int(model.get_memory_footprint())}
         return {
@@ -52,8 +53,8 @@ class TransformersSession:
             "flash_attention": "off" if model is None or config._attn_implementation == "eager" else "on",
             "threads": self._threads,
             "context": self._context or 0,
-            "trained_context": int(config.max_position_embeddings),
-            "vocabulary": int(config.vocab_size),
+            "trained_context": int(getattr(text, "max_position_embeddings", None) or 0),
+            "vocabulary": int(text.vocab_size),
             "parameters": 0 if model is None else int(model.num_parameters()),
             "buffers": weights,
             "bos": _or_none(tokenizer.bos_token_id),

@@ -68,16 +68,18 @@ def write_cut(
     """Write every shard that is not durable yet.
 
     kept     what stays of the model that `graph` describes
-    changed  other numbers for some tensors, by their names in the model that is left, already cut
+    changed  other numbers for some tensors, by their names in the model that `graph` describes, already cut; asked for
+             one after the other
     note     kept in the journal with what is outside the blocks
     """
     sizes = family_of(graph.config).sizes(graph.config)
     source = origins(graph, kept.blocks)
 
     def cut(spec: TensorSpec) -> Tensor:
-        if spec.name in changed:
-            return changed[spec.name].to(torch_dtype(spec.encoding))
-        return sliced(checkpoint.read(source[spec.name].name), source[spec.name], sizes, kept)
+        old = source[spec.name]
+        if old.name in changed:
+            return changed[old.name].to(torch_dtype(spec.encoding))
+        return sliced(checkpoint.read(old.name), old, sizes, kept)
 
     for block in (None, *range(target.block_count)):
         shard = shard_name(block)

@@ -22,12 +22,12 @@ from llmpack.errors import Problem, RecipeError
 from llmpack.models import family_of, open_model
 from llmpack.models.forward import Forward, final_hidden
 from llmpack.models.graph import ModelGraph
-from llmpack.models.surgery import Kept, origins, resized
+from llmpack.models.surgery import Kept, resized
 from llmpack.steps.amount import BUDGET, Amount, parameters, require_number
 from llmpack.steps.blocks import compute_threads
 from llmpack.steps.cutting import OnDominated, promised, require_floats, split, write_cut
 from llmpack.steps.host_memory import Batch, Moment
-from llmpack.steps.pruning_memory import comparing, fitting, learning_block, running
+from llmpack.steps.pruning_memory import comparing, fitting, learning_blocks, running
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PruneDepth(Step):
     model nearer to the source on that part. The result is a plain model with fewer blocks.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
 
     drop: Amount | None = None
@@ -63,17 +63,21 @@ class PruneDepth(Step):
     heal: Literal["best", "every", "gaps", "blocks", "none"] = "best"
     """Which blocks are changed to make up for the lost ones: those before a gap, every one behind the first gap too, or
     none; "best" is whichever of these is nearest to the source on held-out text. These take seconds, in closed form;
-    "blocks" also fits all numbers of every block behind the first gap to the source's hidden states, which takes
-    minutes, and keeps the best of all."""
+    "blocks" also fits all numbers of every block behind the first gap, and of its neighbours, to the source's hidden
+    states, which takes minutes, and keeps the best of all."""
 
     damping: float = Field(default=0.5, ge=0, le=10)
     """How little healing trusts the calibration text, as a share of the mean square of what it fits on."""
 
     heal_passes: int = Field(default=2, ge=1, le=1000)
-    """How often each block sees the text with heal = "blocks"."""
+    """How often blocks that learn together see the text with heal = "blocks"."""
 
     heal_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     """Learning rate of heal = "blocks"."""
+
+    heal_window: int = Field(default=2, ge=1, le=64)
+    """How many blocks learn together with heal = "blocks": one and those behind it, in a window that moves on by one
+    block. Time and memory grow with it."""
 
     on_dominated: OnDominated = "say"
     """What to do where the whole model, quantized to the same bytes, is predicted to lose less: say so, stop, or do not
@@ -117,7 +121,7 @@ class PruneDepth(Step):
         if batch is not None and self.heal != "none":
             moments.append(fitting(graph, "ffn.out", "healing", 2, batch))
         if batch is not None and self.heal == "blocks":
-            moments.append(learning_block(graph, batch))
+            moments.append(learning_blocks(graph, batch, self.heal_window))
         return tuple(moments)
 
     def _named(self, graph: ModelGraph, blocks: Sequence[int]) -> tuple[int, ...]:
@@ -175,7 +179,7 @@ class PruneDepth(Step):
         target = self.preview(graph)
         bench.work.mkdir(parents=True, exist_ok=True)
         with compute_threads(bench.threads):
-            changed: dict[str, Tensor] = {}
+            changed: Mapping[str, Tensor] = {}
             note: Mapping[str, Any] = {}
             if self.needs_corpus:
                 learn, held = split(bench.corpus, self.use)
@@ -187,9 +191,8 @@ class PruneDepth(Step):
             else:
                 dropped = sorted(self.blocks or ())
             kept = Kept(tuple(_without(graph, dropped)))
-            named = {new: changed[old.name] for new, old in origins(graph, kept.blocks).items() if old.name in changed}
             writer = CheckpointWriter(bench.folder, checkpoint, target.config)
-            write_cut(writer, checkpoint, graph, target, kept, named, {"dropped": list(dropped), **note})
+            write_cut(writer, checkpoint, graph, target, kept, changed, {"dropped": list(dropped), **note})
         return writer.finish()
 
     def _dropped(self, forward: Forward, learn: Corpus, bench: Workbench) -> list[int]:
@@ -218,13 +221,13 @@ class PruneDepth(Step):
 
     def _heal(
         self, forward: Forward, stay: Sequence[int], learn: Corpus, held: Corpus, bench: Workbench
-    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """What healing changes, unless text that it has not seen says that it makes the model worse."""
         ways = {"best": ("gaps", "every"), "blocks": ("gaps", "every", "blocks")}.get(self.heal, (self.heal,))
-        changes: dict[str, dict[str, Tensor]] = {"none": {}}
+        changes: dict[str, Mapping[str, Tensor]] = {"none": {}}
         for way in ways:
             if way == "blocks":
-                fit = Fit(self.heal_passes, self.heal_rate, self.damping)
+                fit = Fit(self.heal_passes, self.heal_rate, self.damping, self.heal_window)
                 changes[way] = Blockwise(forward, learn, stay, fit, bench.work / way, bench.progress).run()
             else:
                 changes[way] = healed(

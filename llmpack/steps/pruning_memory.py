@@ -48,13 +48,18 @@ def fitting(graph: ModelGraph, inputs: str, name: str, streams: int, batch: Batc
     return Moment(name, (*_base(graph), states, moments))
 
 
-def learning_block(graph: ModelGraph, batch: Batch) -> Moment:
-    """One block learns from some sequences, both models' hidden states on disk."""
+def learning_blocks(graph: ModelGraph, batch: Batch, count: int) -> Moment:
+    """`count` blocks learn together from some sequences, both models' hidden states on disk."""
     tokens = max(1, STEP_TOKENS // batch.length) * batch.length
-    block = 4 * sum(spec.parameters for spec in graph.block(0))
-    saved = 4 * tokens * _saved(graph)
-    learned = Part("its gradients, the optimizer's moments and its numbers before", 4 * block)
-    return Moment("learning block by block", (*_base(graph), learned, Part("what it keeps for gradients", saved)))
+    count = min(count, graph.block_count)
+    blocks = 4 * sum(spec.parameters for spec in graph.block(0)) * count
+    parts = (
+        Part("programs and libraries", BASE),
+        Part(f"weights of {count} blocks", blocks),
+        Part("their gradients, the optimizer's moments and their numbers before", 4 * blocks),
+        Part("what they keep for gradients", 4 * tokens * _saved(graph) * count),
+    )
+    return Moment("learning block by block", parts)
 
 
 def running(graph: ModelGraph, streams: int, tokens: int, batch: Batch) -> Moment:

@@ -6,6 +6,7 @@ without a source is left out, never guessed, and what depends on it stays unmeas
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from llmpack.digest import sha256_value
+from llmpack.encodings import ENCODINGS
 from llmpack.errors import Problem, RecipeError
 from llmpack.registry import suggestion
 from llmpack.target.quantities import Bandwidth, Flops, Seconds, Size
@@ -125,6 +127,23 @@ class Figures(_Strict):
                 raise ValueError(f"unknown instruction set {name!r}{suggestion(name, INSTRUCTION_SETS)}")
         return figure
 
+    @field_validator("kernels", "attention")
+    @classmethod
+    def _rates(cls, figure: Figure[dict[str, Any]] | None, info: ValidationInfo) -> Figure[dict[str, Any]] | None:
+        """Each has the name of something that the runtime has, and rates that a machine can have."""
+        for name, rate in (figure.value if figure else {}).items():
+            if info.field_name == "kernels" and name not in ENCODINGS:
+                raise ValueError(f"unknown encoding {name!r}{suggestion(name, list(ENCODINGS))}")
+            if info.field_name == "attention" and not _ATTENTION.fullmatch(name):
+                raise ValueError(f"{name!r} is no type of the KV cache with the width of a head, such as 'f16@64'")
+            for kind in ("decode", "prefill"):
+                value = getattr(rate, kind)
+                if not RATE_BOUNDS[0] <= value <= RATE_BOUNDS[1]:
+                    low, high = RATE_BOUNDS
+                    text = f"{value:g} is impossible for {kind} of {name}; it lies between {low:g} and {high:g}"
+                    raise ValueError(text)
+        return figure
+
     @field_validator("*")
     @classmethod
     def _possible(cls, figure: Figure[Any] | None, info: ValidationInfo) -> Figure[Any] | None:
@@ -136,6 +155,9 @@ class Figures(_Strict):
         return figure
 
 
+RATE_BOUNDS = (1e5, 1e16)
+"""What a kernel may do in a second at all, in bytes or in operations."""
+_ATTENTION = re.compile(r"(f16|q8_0|q4_0)@[1-9]\d{0,3}")
 _POSSIBLE = {
     "memory": (64 << 20, 64 << 40),
     "bandwidth": (10**8, 10**13),
@@ -148,6 +170,8 @@ _POSSIBLE = {
     "cache_l3": (16 << 10, 8 << 30),
     "cores": (1, 4096),
     "decode_efficiency": (0.001, 1),
+    "elementwise": (10**5, 10**16),
+    "block_overhead": (1e-9, 1),
 }
 """What a figure may be at all: beyond that somebody mistook a unit."""
 

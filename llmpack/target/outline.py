@@ -133,6 +133,27 @@ class Outline:
         return replace(self, kept=tuple(Kept(0) for _ in self.kept), unmodelled=NOT_ESTIMATED, in_llama=False)
 
     @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> Outline:
+        """Of a model of any architecture in transformers: the context of its config.json, nothing to compute from."""
+        nested = config.get("text_config")
+        text = {**nested, **config} if isinstance(nested, Mapping) else config
+        context = text.get("max_position_embeddings")
+        return cls(
+            architecture=str(config.get("model_type", "")),
+            verified=False,
+            tensors=(),
+            vocab=0,
+            hidden=0,
+            ffn=0,
+            heads=0,
+            head_rows=0,
+            kept=(),
+            context=context if isinstance(context, int) else None,
+            unmodelled=NOT_ESTIMATED,
+            in_llama=False,
+        )
+
+    @classmethod
     def of_graph(cls, graph: ModelGraph) -> Outline:
         """Of a graph as it stands (or will stand) in a GGUF file."""
         family = family_of(graph.config)

@@ -150,7 +150,7 @@ KILLED = """
         count = 0
         @contextmanager
         def task(self, title, total):
-            if title == sys.argv[4]:
+            if title.startswith(sys.argv[4]):
                 Deadly.count += 1
                 if Deadly.count == int(sys.argv[5]):
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -176,7 +176,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(built, order, tmp_path,
     asked = order(cache=Cache(cache, progress=watcher), progress=watcher)
     again = build_bundle(asked)
     assert (again.final / "model.gguf").read_bytes() == expected
-    repeated = [each for each in watcher.titles if each == "block 0"]
+    repeated = [each for each in watcher.titles if each.startswith("block 0,")]
     assert len(repeated) == (2 if title == "block 0" else 0) or again.steps[0].cached
 
 

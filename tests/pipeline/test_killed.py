@@ -96,7 +96,7 @@ def files_of(root: Path) -> dict[str, bytes]:
 
 
 def blocks_of(titles: list[str]) -> list[int]:
-    return [int(title.split()[1]) for title in titles if title.startswith("block ")]
+    return [int(title.split()[1].rstrip(",")) for title in titles if title.startswith("block ")]  # "block 3, inputs"
 
 
 @pytest.mark.parametrize("seed", [5])

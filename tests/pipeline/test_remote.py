@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from llmpack.digest import sha256_file
 from llmpack.pipeline.remote import contradictions
 from llmpack.target.device import device as profile
 from llmpack.target.probe import probe_host
+from llmpack.target.profile_text import profile_text
+from llmpack.units import format_size
 
 ASKED = ("--budget", "memory=500 MiB", "--budget", "context=64", "--set", "runtime.threads=1", "--json")
 BENCH = json.loads((Path(__file__).parent / "llama_bench.json").read_text())
@@ -68,6 +71,13 @@ def test_the_device_must_be_what_it_is_declared_to_be(llmpack, device, model):  
     code, _, err = llmpack("check", model, "--on", device.address, "--device", "apple-m4-16gb", *ASKED)
     assert code == 6
     assert "is not a apple-m4-16gb: it is x86_64, not aarch64" in err or "aarch64" in err
+    here = probe_host()
+    more = here.figures.memory.model_copy(update={"value": 4 * here.memory})
+    figures = here.figures.model_copy(update={"memory": more})
+    (device.home / "large.toml").write_text(profile_text(here.model_copy(update={"figures": figures}), "2026"))
+    code, _, err = llmpack("check", model, "--on", device.address, "--device", device.home / "large.toml", *ASKED)
+    assert code == 6
+    assert f"it has {format_size(here.memory)} of memory, not {format_size(4 * here.memory)}" in err
     assert not list(device.models.glob("*.gguf"))
 
 
@@ -133,7 +143,7 @@ def test_a_device_without_python_is_measured_by_llama_bench(llmpack, device, mod
     found = rows(out)
     assert found["memory"]["status"] == "PASS"
     assert found["memory"]["value"] > 100 << 10  # of a shell
-    assert found["memory"]["reason"].endswith("not capped")
+    assert found["memory"]["reason"].endswith("held to 500 MiB by a watch on resident memory")
     rates = [1e9 * 16 / ns for ns in BENCH["decode"]["samples_ns"]]
     assert min(rates) <= found["decode"]["value"] <= max(rates)
     assert found["decode"]["evidence"]["build"] == {"llama.cpp": "0c1e570"}
@@ -144,6 +154,18 @@ def test_a_device_without_python_is_measured_by_llama_bench(llmpack, device, mod
         f"{common} -p 48 -n 0",
         f"{common} -p 0 -n 16 -d 48",
     ]
+
+
+def test_a_llama_bench_that_wants_more_than_the_budget_ends_in_a_verdict(llmpack, device, model):  # noqa: F811
+    hungry = f"exec {sys.executable} -c 'import time; held = [0] * (8 << 20); time.sleep(60)'"
+    bench_program(device, f"{hungry} # {{answer}}")
+    code, out, err = llmpack("check", model, "--on", device.address, "--budget", "memory=40 MiB", *ASKED[2:])
+    assert code == 4, err
+    row = rows(out)["memory"]
+    assert (row["status"], row["evidence"]["kind"]) == ("FAIL", "measurement")
+    assert row["value"] > 40 << 20
+    assert "more: ended when" in row["reason"]
+    assert (device.home / "asked").read_text().count("\n") == 1  # it is not tried again in another shape
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tiny_config import TINY
 from llmpack.models import family_of
 from llmpack.steps import STEPS
 from llmpack.steps.host_memory import BASE, Batch
+from llmpack.steps.pruning_memory import learning_blocks
 
 GRAPH = family_of(TINY).graph(dict(TINY) | {"num_hidden_layers": 6})
 BATCH = Batch.of(32_768, 512)
@@ -29,6 +30,15 @@ def test_a_greedy_choice_holds_a_stream_for_every_block():
 def test_blocks_that_are_named_and_not_healed_hold_nothing():
     step = STEPS.load("prune.depth").model_validate({"use": "prune.depth", "blocks": (1,), "heal": "none"})
     assert step.host_memory(GRAPH, None) == ()
+
+
+def test_blocks_that_learn_together_are_held_together():
+    """With their gradients, the optimizer's two moments and their numbers before; no more blocks than there are."""
+    block = sum(spec.parameters for spec in GRAPH.block(0))
+    each = 4 * 5 * block + 4 * 512 * (8 * 64 + 4 * 128)
+    assert [learning_blocks(GRAPH, BATCH, count).nbytes - BASE for count in (1, 3, 64)] == [each, 3 * each, 6 * each]
+    step = STEPS.load("prune.depth").model_validate({"use": "prune.depth", "drop": 1, "heal": "blocks"})
+    assert step.host_memory(GRAPH, BATCH)[-1] == learning_blocks(GRAPH, BATCH, step.heal_window)
 
 
 def test_width_holds_the_second_moments_of_what_is_narrowed():

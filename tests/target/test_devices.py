@@ -102,11 +102,38 @@ def extra(name, value):
         ("bandwidth", '"17 MB/s"', "1.7e\\+07 is impossible for bandwidth"),
         ("cache_l2", '"2 TiB"', "impossible for cache_l2"),
         ("arithmetic", '"100"', "not a rate of arithmetic"),
+        ("block_overhead", '"2 s"', "impossible for block_overhead"),
+        ("elementwise", '"0.00001 GFLOP/s"', "impossible for elementwise"),
     ],
 )
 def test_impossible_figures_are_refused(name, value, words):
     with pytest.raises(RecipeError, match=words):
         read_device("wrong", extra(name, value), "wrong.toml")
+
+
+RATE = '[figures.{0}.value."{1}"]\ndecode = "{2}"\nprefill = "{3}"\n'
+
+
+@pytest.mark.parametrize(
+    ("figure", "name", "decode", "prefill", "words"),
+    [
+        ("kernels", "q4_0", "9 GB/s", "90 GFLOP/s", ""),
+        ("kernels", "q4_9", "9 GB/s", "90 GFLOP/s", "unknown encoding 'q4_9'; did you mean `q4_"),
+        ("kernels", "q4_0", "9 B/s", "90 GFLOP/s", "9 is impossible for decode of q4_0"),
+        ("kernels", "q4_0", "9 GFLOP/s", "90 GFLOP/s", "GFLOP is not a unit of size"),
+        ("attention", "f16@64", "9 GFLOP/s", "90 GFLOP/s", ""),
+        ("attention", "f16", "9 GFLOP/s", "90 GFLOP/s", "no type of the KV cache with the width of a head"),
+        ("attention", "f16@64", "9 GFLOP/s", "90000 TFLOP/s", "9e\\+16 is impossible for prefill of f16@64"),
+    ],
+)
+def test_rates_of_kernels_are_possible_too(figure, name, decode, prefill, words):
+    head = f'{GOOD}\n[figures.{figure}]\nprovenance = "measured"\nsource = "made up for a test"\n'
+    text = head + RATE.format(figure, name, decode, prefill)
+    if not words:
+        assert getattr(read_device("right", text, "right.toml").figures, figure).value.keys() == {name}
+        return
+    with pytest.raises(RecipeError, match=words):
+        read_device("wrong", text, "wrong.toml")
 
 
 def test_this_machine_is_probed():

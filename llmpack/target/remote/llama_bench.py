@@ -2,8 +2,10 @@
 
 It times a prompt that fills the context but for the tokens written after it, and those tokens at that depth, as
 protocol ``bench/1`` does; it prints every repetition (source: llama.cpp, tools/llama-bench). Peak memory is the
-kernel's high-water mark of its process (VmHWM), looked at five times a second until it ends. Nothing caps it, it does
-not time a cold load, and what disturbed it is known by the load average before it alone.
+kernel's high-water mark of its process (VmHWM), looked at five times a second until it ends; with a budget of memory,
+one look that finds more ends the process, and that is the verdict. What such a build reserves without touching it is
+unknown, so private memory is not limited beside. It does not time a cold load, and what disturbed it is known by the
+load average before it alone.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmpack.errors import DeviceProblem, RuntimeFailed
+from llmpack.runtime.meter import Memory
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
+from llmpack.target.enforcement import CapExceededError
 from llmpack.target.measure import NOISY_CV, WRITTEN_TOKENS
 from llmpack.target.protocol import Protocol
 from llmpack.target.remote.station import Station
 from llmpack.target.remote.transport import Reply
 from llmpack.target.samples import Samples
+from llmpack.units import format_size
 
 SILENCE = 900.0
 """Seconds without a word after which llama-bench counts as hung; it tells each repetition."""
@@ -33,17 +38,18 @@ STEADY = 5
 _MAPPED = {"True": "mmap", "False": "no-mmap"}
 _WATCHED = r"""
 %(command)s > bench.json & pid=$!
-peak=; steady=0
+peak=; steady=0; over=
 while kill -0 $pid 2>/dev/null; do
   now=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' /proc/$pid/status 2>/dev/null)
   if [ -n "$now" ]; then
     [ "$now" = "$peak" ] && steady=$((steady + 1)) || steady=0
     peak=$now
+    [ -n "%(cap)s" ] && [ "$now" -gt "%(cap)s" ] && { over=1; kill -s KILL $pid; }
   fi
   sleep 0.2 2>/dev/null || sleep 1
 done
 wait $pid; code=$?
-echo "peak_kib=$peak steady=$steady"; cat bench.json; rm -f bench.json
+echo "peak_kib=$peak steady=$steady over=$over"; cat bench.json; rm -f bench.json
 exit $code
 """
 
@@ -61,11 +67,20 @@ class Bench:
 
 
 def bench(
-    station: Station, model: str, settings: RuntimeSettings, context: int, threads: int, protocol: Protocol
+    station: Station,
+    model: str,
+    settings: RuntimeSettings,
+    context: int,
+    threads: int,
+    protocol: Protocol,
+    cap: int | None = None,
 ) -> Bench:
     """Measure a model that lies on the device.
 
-    Raises DeviceProblem for a llama-bench that is too old, RuntimeFailed for one that fails, hangs or talks nonsense.
+    cap  bytes of memory that it is held to
+
+    Raises CapExceededError where it wanted more, DeviceProblem for a llama-bench that is too old, RuntimeFailed for one
+    that fails, hangs or talks nonsense.
     """
     program = shlex.quote(station.programs.llama_bench)
     options = Options.of(station, program)
@@ -75,7 +90,8 @@ def bench(
     runs = []
     for shape in (["-p", str(prompt), "-n", "0"], ["-p", "0", "-n", str(written), "-d", str(prompt)]):
         command = " ".join([*fixed, *shape])
-        reply = station.measure(_WATCHED % {"command": command}, silence=SILENCE)
+        watched = _WATCHED % {"command": command, "cap": "" if cap is None else cap >> 10}
+        reply = station.measure(watched, silence=SILENCE)
         runs.append(_result(station.name, reply, settings))
     (peak, read), (peak_later, wrote) = runs
     seconds = [ns / 1e9 for ns in read["samples_ns"]]
@@ -118,12 +134,15 @@ class Options:
 
 
 def _result(name: str, reply: Reply, settings: RuntimeSettings) -> tuple[int | None, dict[str, Any]]:
-    """Peak memory and the one result of a run. Raises RuntimeFailed."""
+    """Peak memory and the one result of a run. Raises CapExceededError, RuntimeFailed."""
     head, _, body = reply.text.partition("\n")
+    peak = re.fullmatch(r"peak_kib=(\d*) steady=(\d+) over=(1?)", head.strip())
+    if peak is not None and peak[3]:
+        seen = int(peak[1]) << 10
+        raise CapExceededError(f"ended when {format_size(seen)} were resident", Memory(seen, seen))
     if reply.code:
         kind = "killed" if reply.code == 137 else "crash"
         raise RuntimeFailed(f"{name}: llama-bench ended with exit status {reply.code}: {reply.last_words}", kind=kind)
-    peak = re.fullmatch(r"peak_kib=(\d*) steady=(\d+)", head.strip())
     try:
         values = json.loads(body)
         (result,) = values
@@ -141,7 +160,7 @@ def _result(name: str, reply: Reply, settings: RuntimeSettings) -> tuple[int | N
 
 def bench_findings(
     found: Bench, artifact: str, device: Device, settings: RuntimeSettings, context: int, threads: int,
-    load_average: float | None,
+    load_average: float | None, cap: int | None = None,
 ) -> list[Finding]:  # fmt: skip
     """The figures as evidence. What was noisy or began on a busy device proves no failure."""
     evidence = Evidence(
@@ -170,7 +189,8 @@ def bench_findings(
         finding("first_token", found.first_token.p90, found.first_token, f"p90 {by}{found.first_token.median:.4g} s"),
     ]
     if found.peak is not None:
-        reason = f"peak of llama-bench with load = {found.load_mode or 'its own choice'}, not capped"
+        held = "not capped" if cap is None else f"held to {format_size(cap)} by a watch on resident memory"
+        reason = f"peak of llama-bench with load = {found.load_mode or 'its own choice'}, {held}"
         memory = Finding(limit="memory", value=found.peak, best=found.peak, evidence=evidence, reason=reason)
         findings.insert(0, memory)
     return findings
