@@ -177,8 +177,9 @@ def test_code_in_the_folder_is_refused(folder, name):
 
 def test_hidden_folders_are_not_searched_for_code(folder):
     (folder / ".git" / "hooks").mkdir(parents=True)
+    before = Checkpoint.open(folder)
     (folder / ".git" / "hooks" / "x.py").write_text("")
-    Checkpoint.open(folder)
+    assert Checkpoint.open(folder).tensors.keys() == before.tensors.keys() != set()
 
 
 def test_no_folder_and_no_config(tmp_path, folder):
