@@ -7,7 +7,6 @@ for the slowest of them. A thread per piece, computing by itself, waits once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 from llmpack.allocator import share_heap
@@ -45,6 +44,8 @@ def each(function: Callable[[Piece], Result], pieces: Sequence[Piece]) -> list[R
             return function(piece)
 
     share_heap()
+    from concurrent.futures import ThreadPoolExecutor  # not before it is needed: a plan computes nothing
+
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         return list(pool.map(apart, pieces))

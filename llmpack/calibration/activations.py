@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from llmpack.checkpoint.atomic import disk_errors, fsync_folder, is_temporary, replaced_when_whole, require_space
 from llmpack.errors import StepFailed
 from llmpack.models.forward import batches
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
 
 
@@ -41,7 +42,7 @@ class Activations:
     @property
     def nbytes(self) -> int:
         """Bytes of a file."""
-        return 4 * self.streams * int(np.prod(self.shape, dtype=np.int64))
+        return 4 * self.streams * math.prod(self.shape)
 
     def newest(self) -> int | None:
         """The last block whose inputs are there, whole."""

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from llmpack.calibration.text import read_texts
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.digest import sha256_bytes
 from llmpack.errors import InputRejected, Problem, RecipeError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     import transformers
     from torch import Tensor
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
     transformers = LazyModule("transformers")
 

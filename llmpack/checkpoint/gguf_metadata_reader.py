@@ -5,12 +5,17 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, overload
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from llmpack.checkpoint import gguf_types as t
 from llmpack.errors import InputRejected, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llmpack.checkpoint import gguf_types as t
 from llmpack.checkpoint.folder_intake import TOKENIZER_FILES
 from llmpack.checkpoint.gguf_metadata_reader import Strings
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 _VOCAB = "tokenizer.ggml."
 _TOKENS = _VOCAB + "tokens"

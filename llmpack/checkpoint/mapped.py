@@ -5,11 +5,17 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from llmpack.checkpoint.safetensors_header import file_identity
 from llmpack.errors import InputRejected, Problem
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 _PAGE = mmap.PAGESIZE
 

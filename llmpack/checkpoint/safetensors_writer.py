@@ -6,12 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from llmpack.checkpoint.packed_metadata import packed_metadata
 from llmpack.checkpoint.safetensors_header import DTYPE_BYTES, bad_name
 from llmpack.checkpoint.tensors import Packed, chunks, is_plain
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 _ALIGNMENT = 8
 

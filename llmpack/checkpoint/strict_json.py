@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 MAX_DEPTH = 64
+_NESTED = frozenset((dict, list))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -30,6 +31,8 @@ def _check_depth(value: Any, max_depth: int) -> None:
         if depth > max_depth:
             raise ValueError(f"nested more than {max_depth} deep")
         parts = item.values() if isinstance(item, dict) else item
+        if _NESTED.isdisjoint(map(type, parts)):
+            continue
         stack.extend((part, depth + 1) for part in parts if isinstance(part, dict | list))
 
 

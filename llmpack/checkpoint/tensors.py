@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llmpack.checkpoint.safetensors_header import DTYPE_BYTES
 from llmpack.encodings import ENCODINGS, encoding
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
 
 CHUNK = 8 << 20

@@ -131,8 +131,9 @@ def _names_by_id(vocab: Any) -> dict[int, str]:
             if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
                 raise ValueError(f"entry {position} of the vocabulary is not [token, score]")
         return {position: entry[0] for position, entry in enumerate(vocab)}
-    for token, number in vocab.items():
-        _check_id(token, number)
+    if any(kind is not int for kind in set(map(type, vocab.values()))) or min(vocab.values(), default=0) < 0:
+        for token, number in vocab.items():
+            _check_id(token, number)
     names = {number: token for token, number in vocab.items()}
     if len(names) < len(vocab):
         first, number = next((t, i) for t, i in vocab.items() if names[i] != t)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmpack.cli.heatmap import Panel, heat_map
 from llmpack.cli.show import show_table
 from llmpack.encodings import encoding
 from llmpack.units import format_size
@@ -75,6 +74,8 @@ def _part(part: str, name: str, total: float, found: Diagnosis) -> dict[str, obj
 
 def diagnosis_svg(found: Diagnosis, name: str) -> str:
     """Two heat maps: what each matrix costs in an encoding, and how far its input's outliers stand out."""
+    from llmpack.cli.heatmap import Panel, heat_map
+
     inside = [one for one in found.scores.tensors if one.block is not None]
     parts = list(dict.fromkeys(one.part for one in inside))
     blocks = sorted({one.block for one in inside if one.block is not None})

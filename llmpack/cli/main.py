@@ -107,6 +107,7 @@ def plan(
 
     planned = plan_bundle(_order(recipe, Path("bundles"), set, cache, False, offline))
     session.answer(planned.plan.document(), lambda: show_plan(planned))
+    gc.freeze()  # nor are they looked through as the process ends
     return BudgetMissed.exit_code if planned.plan.misses else 0
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from llmpack.encodings import bits, tiles
 from llmpack.encodings.encoding import Grid, GridEncoding
 from llmpack.encodings.grids import BlockGrid, ScaleGrid, stacked
@@ -16,11 +14,13 @@ from llmpack.encodings.steps import Steps
 from llmpack.parallel import each, even
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
 
 

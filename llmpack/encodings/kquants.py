@@ -6,8 +6,6 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from llmpack.encodings import bits
 from llmpack.encodings.blocks import BlockwiseEncoding
 from llmpack.encodings.grids import ScaleGrid, SuperGrid
@@ -18,11 +16,13 @@ from llmpack.encodings.search import Groups
 from llmpack.encodings.steps import Steps
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
 
 

@@ -45,8 +45,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from llmpack.checkpoint.atomic import disk_errors, replaced_when_whole, require_space
 from llmpack.checkpoint.tensors import chunks
 from llmpack.encodings import encoding
@@ -63,12 +61,14 @@ from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from llmpack.checkpoint.checkpoint import Checkpoint
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
 
 FLOATS = ("f32", "f16", "bf16")

@@ -14,9 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -112,12 +117,19 @@ class Value:
             return len(self.pack())
         head = struct.calcsize("<IIQ")
         if self.element is ValueType.STRING:
-            return head + 8 * len(self.data) + len(b"".join(map(_utf8, self.data)))
+            return head + 8 * len(self.data) + _text_bytes(self.data)
         return head + len(self.data) * struct.calcsize("<" + _SCALARS[self.element])
 
 
 def _utf8(text: str | bytes) -> bytes:
     return text.encode() if isinstance(text, str) else text
+
+
+def _text_bytes(texts: Sequence[Any]) -> int:
+    try:
+        return len("".join(texts).encode())
+    except TypeError:  # some are bytes
+        return len(b"".join(map(_utf8, texts)))
 
 
 def uint32(number: int) -> Value:
@@ -169,10 +181,11 @@ def value_of(value: Any) -> Value:
     """
     if isinstance(value, Value):
         return value
-    if isinstance(value, np.generic):
-        return Value(_NUMPY[value.dtype.name], value.item())
-    if isinstance(value, np.ndarray):
-        return Value(ValueType.ARRAY, value.tolist(), _NUMPY[value.dtype.name])
+    if type(value).__module__ == "numpy":  # asked by name: numpy need not be loaded to say no
+        if isinstance(value, np.generic):
+            return Value(_NUMPY[value.dtype.name], value.item())
+        if isinstance(value, np.ndarray):
+            return Value(ValueType.ARRAY, value.tolist(), _NUMPY[value.dtype.name])
     if isinstance(value, bool):
         return boolean(value)
     if isinstance(value, str):

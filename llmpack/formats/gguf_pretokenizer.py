@@ -88,9 +88,10 @@ def probe_tokenizer(files: TokenizerFiles, added: Mapping[str, AddedToken], merg
     )
     text = " " + (empty.normalizer.normalize_str(PROBE) if empty.normalizer is not None else PROBE)
     seen = _stretches("".join(_BYTE_LETTERS[byte] for byte in text.encode()))
-    vocab = {
-        token: number for token, number in model["vocab"].items() if token in seen or token == model.get("unk_token")
-    }
+    tokens = model["vocab"]
+    vocab = {token: tokens[token] for token in sorted(seen.intersection(tokens))}
+    if model.get("unk_token") in tokens:
+        vocab[model["unk_token"]] = tokens[model["unk_token"]]
     kept = _kept_merges(files, merges, seen)
     vocab |= {token.content: token.id for token in added.values()}
     entries = [token.entry() for token in sorted(added.values(), key=lambda token: token.id)]
@@ -99,13 +100,10 @@ def probe_tokenizer(files: TokenizerFiles, added: Mapping[str, AddedToken], merg
 
 def _kept_merges(files: TokenizerFiles, merges: Sequence[str], seen: set[str]) -> list[list[str]]:
     vocab = (files.tokenizer or {})["model"]["vocab"]
-    kept, lost = [], []
-    for merge in merges:
-        made = merge.replace(" ", "", 1)
-        if made in seen:
-            kept.append(merge.split(" "))
-        if made not in vocab and made.replace("Ġ", " ") not in vocab:
-            lost.append(merge)
+    made = [merge.replace(" ", "", 1) for merge in merges]
+    kept = [merge.split(" ") for merge, token in zip(merges, made, strict=True) if token in seen]
+    unknown = set(made).difference(vocab)
+    lost = [m for m, t in zip(merges, made, strict=True) if t in unknown and t.replace("Ġ", " ") not in vocab]
     if lost:
         raise files.reject("tokenizer.json", f"{len(lost)} merges make what is no token (first: {lost[0][:60]!r})")
     return kept

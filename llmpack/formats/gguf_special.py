@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import string as letters
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 from llmpack.formats.gguf_container import Value, boolean, string, strings, uint32
@@ -28,6 +29,7 @@ ID_KEYS = {
 }
 FLAG_KEYS = {role: f"tokenizer.ggml.add_{role}_token" for role in ("bos", "eos", "sep")}
 _TEMPLATE = "tokenizer.chat_template"
+_spaces = methodcaller("count", " ")
 _NAME_LETTERS = letters.ascii_letters + letters.digits
 # Merges are stored as "left right", so a space inside a part takes the place that byte-level BPE gives it.
 _SPACE_IN_MERGE = chr(ord(" ") + 256)
@@ -69,7 +71,9 @@ def merge_texts(files: TokenizerFiles) -> list[str]:
             joined = [" ".join(merge) if type(merge) is list else _merge_text(files, merge) for merge in batch]
         except TypeError:
             joined = [_merge_text(files, merge) for merge in batch]
-        texts += [t if t.count(" ") == 1 else _merge_text(files, m) for t, m in zip(joined, batch, strict=True)]
+        if set(map(_spaces, joined)) != {1}:
+            joined = [t if t.count(" ") == 1 else _merge_text(files, m) for t, m in zip(joined, batch, strict=True)]
+        texts += joined
     if texts:
         return texts
     if files.merges_text is None:

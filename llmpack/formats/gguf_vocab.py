@@ -90,6 +90,16 @@ class _Slots:
             raise self.files.reject("tokenizer.json", message)
         self.tokens[index], self.types[index], self.scores[index] = token, kind, score
 
+    def put_normal(self, vocabulary: Mapping[str, int]) -> None:
+        """Every token of a table {token: id}: `put` of all of them, without a call for each."""
+        if vocabulary and not (min(vocabulary.values()) >= 0 and max(vocabulary.values()) < len(self.tokens)):
+            for token, index in vocabulary.items():
+                self.put(index, token, PieceType.NORMAL)
+        tokens, types, normal = self.tokens, self.types, int(PieceType.NORMAL)
+        for token, index in vocabulary.items():
+            tokens[index] = token
+            types[index] = normal
+
     def put_added(self, index: int, token: str, special: bool) -> None:
         """A token that is cut out of the text before anything else; llama.cpp expects its spaces as spaces."""
         if special or _LOOKS_SPECIAL.fullmatch(token):
@@ -172,8 +182,7 @@ def _byte_level(
     files: TokenizerFiles, model: Mapping[str, Any], size: int, special: Mapping[str, Value]
 ) -> dict[str, Value]:
     slots = _Slots(files, size)
-    for token, index in model["vocab"].items():
-        slots.put(index, token, PieceType.NORMAL)
+    slots.put_normal(model["vocab"])
     added = added_tokens(files)
     tokenizer = probe_tokenizer(files, added, special["tokenizer.ggml.merges"].data)
     for token in added.values():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from llmpack.checkpoint.folder_intake import file_problem
 from llmpack.checkpoint.licence import CARD, MAX_CARD
 from llmpack.errors import InputRejected, Problem
+
+if TYPE_CHECKING:
+    import yaml
+else:
+    from llmpack.lazy import LazyModule
+
+    yaml = LazyModule("yaml")
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 

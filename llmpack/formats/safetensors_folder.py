@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from llmpack.checkpoint.atomic import copy_atomic, disk_errors, require_space, write_atomic
 from llmpack.errors import StepFailed
 from llmpack.formats.bundle import CONFIG
@@ -25,6 +23,8 @@ from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.progress import QUIET, Progress
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llmpack.checkpoint.checkpoint import Checkpoint
 
 SHARD_BYTES = 5 * 10**9

@@ -11,11 +11,17 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from llmpack.checkpoint.safetensors_header import DTYPE_BYTES
 from llmpack.formats.layouts import Entry
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 INDEX = "model.safetensors.index.json"
 _ALIGNMENT = 8

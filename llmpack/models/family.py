@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmpack.errors import InputRejected, Problem
 from llmpack.models.gguf_config import read_config
@@ -28,6 +26,13 @@ from llmpack.models.validity import (
     setting_problems,
     size_problems,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 STORED = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 """Names of torch's float types in config.json, and of the encodings that they are."""

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from llmpack.errors import InputRejected, Problem
 from llmpack.models.rope import Rope, rope_of_divisors
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llmpack.models.family import Family
+else:
+    from llmpack.lazy import LazyModule
+
+    np = LazyModule("numpy")
 
 SIZES = {
     "block_count": "num_hidden_layers",

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from llmpack.checkpoint.atomic import write_atomic
 from llmpack.digest import sha256_file, sha256_value
 from llmpack.errors import Busy, UsageError
@@ -190,6 +188,8 @@ class Cache:
     @contextmanager
     def lock(self, name: str, what: str) -> Iterator[None]:
         """One process at a time. Raises Busy, or waits and says for whom."""
+        from filelock import FileLock, Timeout  # not before it is needed: a plan locks nothing
+
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")

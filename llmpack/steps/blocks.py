@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.journal import shard_notes
 from llmpack.checkpoint.tensors import Packed, decode
@@ -22,16 +20,18 @@ from llmpack.profile import phase
 from llmpack.progress import Progress
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
 
 SLAB = 1 << 24
 """Numbers of a matrix outside the blocks that are decoded at once."""
 
-Encode = Callable[[TensorSpec, "torch.Tensor"], np.ndarray]
+Encode = Callable[[TensorSpec, "torch.Tensor"], "np.ndarray"]
 """Rounds rows of a matrix to the encoding of its spec, without calibration."""
 
 

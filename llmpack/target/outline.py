@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 from llmpack.checkpoint.gguf_file import GgufFile
@@ -107,7 +108,7 @@ class Outline:
         """Number of blocks."""
         return len(self.kept)
 
-    @property
+    @cached_property
     def tied(self) -> bool:
         """Whether the embedding is the output head too."""
         return not any(tensor.part == "output" for tensor in self.tensors)
