@@ -52,12 +52,16 @@ def tell(event: dict[str, Any]) -> None:
 
 
 def run(
-    script: Path, *arguments: str, python: Path | str = sys.executable, env: Mapping[str, str] | None = None
+    script: Path,
+    *arguments: str,
+    python: Path | str = sys.executable,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> list[dict[str, Any]]:
     """In the parent: run a part, and give what it told. Every phase gets `tree`: the most that was resident in all
     processes together, sampled from outside, and never less than the kernel's own mark of the child."""
     command = [str(python), str(script), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as child, Watch(child.pid) as watch:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=cwd) as child, Watch(child.pid) as watch:
         events = []
         for line in child.stdout or ():
             if not line.startswith("@"):
