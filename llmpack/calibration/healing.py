@@ -2,7 +2,8 @@
 
 Two streams of hidden states run over the same text, the whole model's and that of the blocks that are left. At a gap,
 and on request at every block behind one, the matrix that a block ends with takes up what it can predict of the
-difference (`llmpack.algorithms.healing`). Then the block runs again, so that later ones see what was healed.
+difference (`llmpack.algorithms.healing`). Then the block runs again, so that later ones see what was healed. Blocks
+that were made narrower are led back in the same way, each of them.
 
 Every token counts by its relative difference: the norm that reads hidden states divides by their size, and single
 tokens whose size is a hundred times that of others would else be all that is fitted.
@@ -81,6 +82,37 @@ def healed(
                 pairs = ((own[part], whole[part]) for part in batches(*own.shape[:2]))
                 changed |= close(forward, block, pairs, damping)
                 own = apply(forward, block, own)
+            done(1)
+    return changed
+
+
+def led_back(
+    forward: Forward,
+    whole: Forward,
+    tokens: Tensor,
+    *,
+    channels: Tensor | None = None,
+    damping: float,
+    progress: Progress = QUIET,
+) -> dict[str, Tensor]:
+    """New numbers for what every block of a narrower model ends with, by name, as `healed` does behind a gap.
+
+    forward   of the narrower model
+    whole     of the model that it was, with as many blocks
+    channels  [D'] which of the hidden states it has; None for all
+
+    Memory: two streams of hidden states [N, T, D] float32 and one block. Raises NumericalError.
+    """
+    changed: dict[str, Tensor] = {}
+    own, wanted = embedded(forward, tokens), embedded(whole, tokens)
+    with progress.task("healing", forward.graph.block_count) as done:
+        for index in range(forward.graph.block_count):
+            wanted = apply(whole, whole.load_block(index), wanted)
+            block = forward.load_block(index)
+            parts = batches(*own.shape[:2])
+            pairs = ((own[part], wanted[part] if channels is None else wanted[part][..., channels]) for part in parts)
+            changed |= close(forward, block, pairs, damping)
+            own = apply(forward, block, own)
             done(1)
     return changed
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,21 @@ class LlamaBuild(Build):
         return tuple(name.strip() for name, _, value in pairs if value.strip() not in ("", "0"))
 
 
+def crash_hint(features: Collection[str]) -> str:
+    """What to try where llama.cpp with these features crashes, or nothing.
+
+    GCC 12, for one, drops most of the setup of AMX tiles as unused (ggml-org/llama.cpp pull request 26954), and the
+    first product of matrices ends with SIGSEGV.
+    """
+    if not any(name.startswith("AMX") for name in features):
+        return ""
+    flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    return (
+        "\n  this llama.cpp uses AMX, which some compilers build wrong; without it: "
+        f'CFLAGS="{flags}" CXXFLAGS="{flags}" pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python'
+    )
+
+
 class LlamaRuntime(Runtime):
     """A child process with llama.cpp in it.
 
@@ -50,6 +66,16 @@ class LlamaRuntime(Runtime):
     module, package, extra = "llama_cpp", "llama-cpp-python", "run"
     packages = ("llama-cpp-python",)
     worker = "llmpack.runtime.llama_worker"
+
+    def _ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            return super()._ask(operation, **arguments)
+        except RuntimeFailed as failure:
+            if failure.kind != "crash" or operation == "info":
+                raise
+            with LlamaRuntime() as other:
+                hint = crash_hint(other.info().features)
+            raise RuntimeFailed(f"{failure}{hint}", kind=failure.kind) from failure
 
     def check(self, path: Path) -> None:
         """A GGUF file is one file."""

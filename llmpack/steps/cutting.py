@@ -89,14 +89,20 @@ def write_cut(
             checkpoint.release([source[spec.name].name for spec in specs])
 
 
-def copy_checkpoint(checkpoint: Checkpoint, folder: Path, note: Mapping[str, Any]) -> Checkpoint:
-    """The same checkpoint in another folder, block by block; `note` lies in the journal with what is outside them."""
+def copy_checkpoint(
+    checkpoint: Checkpoint, folder: Path, changed: Mapping[str, Tensor], note: Mapping[str, Any]
+) -> Checkpoint:
+    """The checkpoint in another folder, block by block, with other numbers in some tensors.
+
+    changed  by name, in the dtype in which they are stored
+    note     lies in the journal with what is outside the blocks
+    """
     graph = open_model(checkpoint)
     writer = CheckpointWriter(folder, checkpoint)
     for block in (None, *range(graph.block_count)):
         if writer.finished(shard_name(block)) is None:
             specs = graph.outside if block is None else graph.block(block)
-            tensors = {spec.name: checkpoint.stored(spec.name) for spec in specs}
+            tensors = {spec.name: changed.get(spec.name, checkpoint.stored(spec.name)) for spec in specs}
             writer.write(shard_name(block), tensors, note if block is None else None)
             checkpoint.release(tensors)
     return writer.finish()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
+from llmpack.calibration.ablation import changed_model
 from llmpack.calibration.corpus import Corpus
 from llmpack.calibration.gate import mean_kl
+from llmpack.calibration.healing import led_back
 from llmpack.calibration.narrowing import group_width, narrow
 from llmpack.calibration.walk import Visit, resume_point, walk
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -29,7 +31,15 @@ from llmpack.steps.pruning_memory import fitting
 from llmpack.steps.step import Step, Workbench
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
+
+Way = tuple[Checkpoint, Mapping[str, "Tensor"]]
+"""A narrower checkpoint, and other numbers for some of its tensors."""
 
 AXES = {"hidden": "hidden", "heads": "groups", "ffn": "ffn"}
 """Options in the order in which they are carried out, and what `resized` calls them."""
@@ -39,10 +49,10 @@ class PruneWidth(Step):
     """Remove feed-forward channels, groups of heads or channels of the hidden states, in every block as many.
 
     What goes is what the rest can best make up for, by the second moments of calibration text, an eighth of which is
-    held out: that compensation is kept only where it brings the model nearer to the source on that part.
+    held out: what makes up for it is kept only where it brings the model nearer to the source on that part.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
     copies: ClassVar[int] = 4
 
@@ -64,6 +74,13 @@ class PruneWidth(Step):
 
     damping: float = Field(default=0.01, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less."""
+
+    heal: bool = True
+    """Then let what each block ends with take up, in closed form, what it can predict of how far the hidden states are
+    from those of the wider model. Takes two streams of hidden states in memory."""
+
+    heal_damping: float = Field(default=0.5, ge=0, le=10)
+    """As `damping` of `prune.depth`, for `heal`."""
 
     on_dominated: OnDominated = "say"
     """As of `prune.depth`."""
@@ -106,11 +123,12 @@ class PruneWidth(Step):
         asked = {"hidden": "ffn.in", "heads": "attention.out", "ffn": "ffn.out"}
         if batch is None:
             return ()
-        return tuple(
+        moments = tuple(
             fitting(graph, inputs, f"choosing {name}", 0, batch)
             for name, inputs in asked.items()
             if getattr(self, name) is not None
         )
+        return (*moments, fitting(graph, "ffn.out", "healing", 2, batch)) if self.heal else moments
 
     def _narrower(self, graph: ModelGraph, name: str) -> ModelGraph:
         width, multiple = self._axis(graph, name)
@@ -135,11 +153,16 @@ class PruneWidth(Step):
         bench.work.mkdir(parents=True, exist_ok=True)
         with compute_threads(bench.threads):
             narrowed, kept = self._narrowed(checkpoint, graph, target, learn, bench)
-            note: dict[str, Any] = {}
+            ways: dict[str, Way] = {"none": (narrowed, {})}
             if self.compensate:
                 plain = self._plain(checkpoint, graph, target, kept, narrowed, bench)
-                narrowed, note = self._judge(narrowed, plain, held, bench)
-            return copy_checkpoint(narrowed, bench.folder, note)
+                ways = {"none": (plain, {}), "compensated": (narrowed, {})}
+            if self.heal:
+                ways["healed"] = narrowed, self._healed(narrowed, checkpoint, kept, learn, bench)
+            if len(ways) == 1:
+                return copy_checkpoint(narrowed, bench.folder, {}, {})
+            best, note = self._judge(ways, held, bench)
+            return copy_checkpoint(ways[best][0], bench.folder, ways[best][1], note)
 
     def _narrowed(
         self, checkpoint: Checkpoint, graph: ModelGraph, target: ModelGraph, learn: Corpus, bench: Workbench
@@ -224,22 +247,30 @@ class PruneWidth(Step):
         write_cut(writer, checkpoint, graph, target, kept, norms if self.hidden is not None else {}, {})
         return writer.finish()
 
-    def _judge(
-        self, narrowed: Checkpoint, plain: Checkpoint, held: Corpus, bench: Workbench
-    ) -> tuple[Checkpoint, dict[str, Any]]:
-        """Whichever is nearer to the source on text that neither has seen."""
+    def _healed(
+        self, narrowed: Checkpoint, checkpoint: Checkpoint, kept: Kept, learn: Corpus, bench: Workbench
+    ) -> dict[str, Tensor]:
+        """Other numbers for what the blocks of the narrower checkpoint end with."""
+        narrow, wide = (Forward(one, open_model(one)) for one in (narrowed, checkpoint))
+        channels = None if kept.hidden is None else torch.from_numpy(np.asarray(kept.hidden))
+        return led_back(
+            narrow, wide, learn.tokens, channels=channels, damping=self.heal_damping, progress=bench.progress
+        )
+
+    def _judge(self, ways: Mapping[str, Way], held: Corpus, bench: Workbench) -> tuple[str, dict[str, Any]]:
+        """Which of them is nearest to the source on text that none has seen."""
         source = open_model(bench.source)
         wanted = final_hidden(bench.source, source, held.tokens, bench.progress)
         kl: dict[str, float] = {}
-        for name, one in (("before", plain), ("after", narrowed)):
-            left = open_model(one)
-            states = final_hidden(one, left, held.tokens, bench.progress)
-            kl |= mean_kl(Forward(bench.source, source), wanted, Forward(one, left), {name: states})
-        words = f"KL {kl['after']:.3g} against {kl['before']:.3g} without, on held-out text"
-        better = kl["after"] < kl["before"]
-        verdict = "compensation kept" if better else "kept the weights without compensation"
-        bench.progress.say(f"{self.use}: {verdict}: {words}")
-        return narrowed if better else plain, {"gate": kl | {"kept": "after" if better else "before"}}
+        for name, (one, changed) in ways.items():
+            forward = Forward(one, open_model(one))
+            states = changed_model(forward, held.tokens, range(forward.graph.block_count), changed, bench.progress)
+            kl |= mean_kl(Forward(bench.source, source), wanted, forward, {name: states})
+        best = min(kl, key=kl.__getitem__)
+        said = ", ".join(f"{kl[way]:.3g} ({way})" for way in ways if way != "none")
+        verdict = "kept the weights as they were" if best == "none" else best
+        bench.progress.say(f"{self.use}: {verdict}: KL {said} against {kl['none']:.3g} without, on held-out text")
+        return best, {"gate": kl, "healed": best}
 
 
 def _positions(kept: Kept, block: int) -> dict[str, list[int]]:

@@ -61,7 +61,8 @@ def run(
     """In the parent: run a part, and give what it told. Every phase gets `tree`: the most that was resident in all
     processes together, sampled from outside, and never less than the kernel's own mark of the child."""
     command = [str(python), str(script), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=cwd) as child, Watch(child.pid) as watch:
+    piped = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=cwd)
+    with piped as child, Watch(child.pid) as watch:
         events = []
         for line in child.stdout or ():
             if not line.startswith("@"):

@@ -1,6 +1,8 @@
 """llama.cpp in its child: what it computes, what it says about itself, and how it fails."""
 
 import math
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +16,7 @@ from tiny_gguf import BLOCKS, CHAT_TEMPLATE, CONTEXT, KV_HEADS, SPECIAL, WIDTH, 
 
 from llmpack.errors import EnvironmentProblem, MissingExtra, RuntimeFailed
 from llmpack.process import Limits
-from llmpack.runtime.llama import LlamaRuntime
+from llmpack.runtime.llama import LlamaRuntime, crash_hint
 from llmpack.runtime.settings import RuntimeSettings
 
 ONE_THREAD = RuntimeSettings(threads=1)
@@ -309,6 +311,19 @@ def test_a_generation_left_early_ends_the_child(tiny):
         conversation.close()
         with pytest.raises(RuntimeFailed):
             runtime.tokenize("a")
+
+
+def test_a_crash_names_amx_where_it_is_built_in(tiny):
+    with LlamaRuntime() as runtime:
+        runtime.open(tiny, ONE_THREAD, CONTEXT)
+        features = runtime.info().features
+        os.kill(runtime.pid, signal.SIGSEGV)
+        with pytest.raises(RuntimeFailed, match="SIGSEGV") as caught:
+            runtime.tokenize("a")
+    assert caught.value.kind == "crash"
+    assert ("-mno-amx-tile" in str(caught.value)) == any("AMX" in name for name in features)
+    assert crash_hint(("AVX2", "AVX512_BF16")) == ""
+    assert "-mno-amx-int8" in crash_hint(("AVX2", "AMX_INT8"))
 
 
 def test_children_end_when_their_thread_is_done_with_them(tiny):

@@ -47,8 +47,10 @@ def run(one, checkpoint, folder, corpus=None, progress=QUIET):
     return trial.run(one, checkpoint, folder, corpus or corpus_of(), progress)
 
 
-def gate_of(result):
-    return note_of(result)["gate"]
+def gate_of(result, won):
+    note = note_of(result)
+    assert note["healed"] == won
+    return note["gate"]
 
 
 def whole(folder, dtype=torch.float64):
@@ -69,13 +71,13 @@ def divergence(one, other, tokens):
 
 @pytest.mark.parametrize(("option", "amount"), [("ffn", 0.25), ("heads", 1), ("hidden", 32)])
 def test_compensation_is_nearer_to_the_source_on_text_it_has_not_seen(option, amount, checkpoint, tmp_path):
-    one = step(**{option: amount}, damping=0.02)
+    one = step(**{option: amount}, damping=0.02, heal=False)
     listener = Listener()
     result = run(one, checkpoint, tmp_path / "with", corpus_of(count=160), listener)
     bare = run(one.model_copy(update={"compensate": False}), checkpoint, tmp_path / "without", corpus_of(count=160))
-    gate = gate_of(result)
-    assert gate["kept"] == "after"
-    assert any(f"KL {gate['after']:.3g} against {gate['before']:.3g}" in said for said in listener.said)
+    gate = gate_of(result, "compensated")
+    said = f"compensated: KL {gate['compensated']:.3g} (compensated) against {gate['none']:.3g} without"
+    assert any(said in line for line in listener.said)
     tokens = corpus_of(seed=7, count=8).tokens
     assert divergence(checkpoint, result, tokens) < divergence(checkpoint, bare, tokens)
 
@@ -83,7 +85,7 @@ def test_compensation_is_nearer_to_the_source_on_text_it_has_not_seen(option, am
 def test_the_first_block_is_least_squares_on_its_inputs(checkpoint, graph, tmp_path):
     """Against hooks on transformers' model in float64 and numpy's solver."""
     corpus = corpus_of()
-    result = run(step(ffn=32, damping=0.05), checkpoint, tmp_path, corpus)
+    result = run(step(ffn=32, damping=0.05, heal=False), checkpoint, tmp_path, corpus)
     learn, _ = split(corpus, "x")
     model, seen = whole(checkpoint.folder), []
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -103,14 +105,42 @@ def test_the_first_block_is_least_squares_on_its_inputs(checkpoint, graph, tmp_p
     assert np.allclose(result.read(W).numpy(), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("options", [{"ffn": 32}, {"heads": 1}, {"hidden": 32}, {"ffn": 32, "hidden": 32}])
+def test_healing_is_least_squares_on_what_the_first_block_lacks(options, checkpoint, tmp_path):
+    """Against hooks on transformers' models in float64 and numpy's solver."""
+    corpus = corpus_of(count=200)
+    asked = {**options, "damping": 0.05, "heal_damping": 0.2}
+    narrow = run(step(**asked, heal=False), checkpoint, tmp_path / "narrow", corpus)
+    result = run(step(**asked), checkpoint, tmp_path / "healed", corpus)
+    assert {note_of(narrow)["healed"], note_of(result)["healed"]} == {"compensated", "healed"}
+    learn, _ = split(corpus, "x")
+    embedding = "model.embed_tokens.weight"
+    columns = [tuple(column) for column in checkpoint.read(embedding).T.tolist()]
+    stays = [columns.index(tuple(column)) for column in narrow.read(embedding).T.tolist()]
+    seen = []
+    model, wide = whole(narrow.folder), whole(checkpoint.folder)
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad():
+        own, wanted = (one(learn.tokens, output_hidden_states=True).hidden_states[1] for one in (model, wide))
+    wanted = wanted[..., stays]
+    weight = wanted.square().mean(-1, keepdim=True).rsqrt()
+    missing, a = (((each * weight).flatten(0, 1)).numpy() for each in (wanted - own, seen[0]))
+    level = 0.2 * np.mean(a**2)
+    inputs = np.vstack([a / np.sqrt(len(a)), np.sqrt(level) * np.eye(a.shape[1])])
+    lacks = np.vstack([missing / np.sqrt(len(a)), np.zeros((a.shape[1], len(stays)))])
+    D = np.linalg.lstsq(inputs, lacks, rcond=None)[0]
+    W = "model.layers.0.mlp.down_proj.weight"
+    assert np.allclose(result.read(W).numpy(), narrow.read(W).numpy() + D.T, atol=2e-4)
+    assert not np.allclose(D, 0, atol=1e-3)
+
+
 def test_compensation_that_made_it_worse_is_not_kept(checkpoint, tmp_path):
     listener = Listener()
-    one = step(ffn=32, damping=0.0)
+    one = step(ffn=32, damping=0.0, heal_damping=0.0)
     result = run(one, checkpoint, tmp_path, corpus_of(count=2, length=60), listener)
-    gate = gate_of(result)
-    assert gate["kept"] == "before"
-    assert gate["before"] <= gate["after"]
-    assert any("kept the weights without compensation" in said for said in listener.said)
+    gate = gate_of(result, "none")
+    assert gate["none"] <= min(gate["compensated"], gate["healed"])
+    assert any("kept the weights as they were" in said for said in listener.said)
     name = "model.layers.1.mlp.down_proj.weight"
     columns = {tuple(column) for column in checkpoint.read(name).T.tolist()}
     assert {tuple(column) for column in result.read(name).T.tolist()} <= columns

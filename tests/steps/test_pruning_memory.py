@@ -42,7 +42,9 @@ def test_blocks_that_learn_together_are_held_together():
 
 
 def test_width_holds_the_second_moments_of_what_is_narrowed():
-    assert needed("prune.width", ffn=0.25, multiple_of=32) > needed("prune.width", heads=1)
+    ffn = needed("prune.width", ffn=0.25, multiple_of=32, heal=False)
+    assert ffn > needed("prune.width", heads=1, heal=False)
+    assert needed("prune.width", ffn=0.25, multiple_of=32) - ffn == 4 * 2 * 32_768 * 64  # two streams of hidden states
 
 
 def test_training_holds_the_model_and_three_numbers_for_each_that_learns():
