@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.hessian import factorize
+from llmpack.algorithms.ridge import over
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +48,8 @@ def energies(W: Tensor, H: Tensor, unit: int) -> Tensor:
 
 
 def inverse_of(H: Tensor, damping: float) -> Tensor:
-    """``(H + damping * mean(diag H))^-1`` float64. Raises NumericalError as `factorize` does."""
-    upper = factorize(H, damping, "natural").upper
-    eye = torch.eye(H.shape[0], dtype=torch.float64, device=H.device)
-    root = torch.linalg.solve_triangular(upper, eye, upper=True)
-    inverse: Tensor = root.T @ root
-    return inverse
+    """``(H + damping diag(H))^-1`` float64. Raises NumericalError as `over` does."""
+    return over(torch.eye(H.shape[0], dtype=torch.float64, device=H.device), H, damping)
 
 
 def choose(W: Tensor, H: Tensor, unit: int, keep: int, damping: float, *, rounds: int = ROUNDS) -> Tensor:
@@ -90,7 +86,7 @@ def compensated(W: Tensor, H: Tensor, stays: Tensor, damping: float) -> Tensor:
     """``V`` [rows, kept] float64 that reads the columns `stays` and comes nearest to ``W x``.
 
     stays    [kept] int64
-    damping  share of the mean of H's diagonal: pulls V towards the columns as they were
+    damping  share of its mean square that is added to each column: pulls V towards the columns as they were
     """
     wide = W.to(torch.float64)
     gone = torch.ones(W.shape[1], dtype=torch.bool, device=W.device)
@@ -98,8 +94,5 @@ def compensated(W: Tensor, H: Tensor, stays: Tensor, damping: float) -> Tensor:
     kept = wide[:, stays]
     if not bool(gone.any()):
         return kept
-    factor = factorize(H[stays][:, stays], damping, "natural")
     lost = wide[:, gone] @ H[gone][:, stays].to(torch.float64)
-    half = torch.linalg.solve_triangular(factor.upper, lost.T, upper=True)
-    found: Tensor = kept + torch.linalg.solve_triangular(factor.upper.T, half, upper=False).T
-    return found
+    return kept + over(lost, H[stays][:, stays], damping)

@@ -72,14 +72,15 @@ class PruneWidth(Step):
     compensate: bool = True
     """Let the matrices that read what is gone make up for it by least squares."""
 
-    damping: float = Field(default=0.01, ge=0, le=10)
-    """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less."""
+    damping: float = Field(default=0.2, ge=0, le=10)
+    """Share of the mean square of each input that is added to it where matrices make up for what is gone: more trusts the
+    calibration text less."""
 
     heal: bool = True
     """Then let what each block ends with take up, in closed form, what it can predict of how far the hidden states are
     from those of the wider model. Takes two streams of hidden states in memory."""
 
-    heal_damping: float = Field(default=0.5, ge=0, le=10)
+    heal_damping: float = Field(default=1.0, ge=0, le=10)
     """As `damping` of `prune.depth`, for `heal`."""
 
     on_dominated: OnDominated = "say"

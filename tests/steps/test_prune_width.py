@@ -97,10 +97,10 @@ def test_the_first_block_is_least_squares_on_its_inputs(checkpoint, graph, tmp_p
     stays = [rows.index(row) for row in result.read(gate).tolist()]
     assert stays == sorted(stays)
     assert len(stays) == 96
-    level = 0.05 * np.mean(a[:, stays] ** 2)
-    inputs = np.vstack([a[:, stays] / np.sqrt(len(a)), np.sqrt(level) * np.eye(96)])
+    penalty = np.sqrt(0.05 * np.mean(a[:, stays] ** 2, 0))
+    inputs = np.vstack([a[:, stays] / np.sqrt(len(a)), np.diag(penalty)])
     old = checkpoint.read(W).double().numpy()
-    wanted = np.vstack([a @ old.T / np.sqrt(len(a)), np.sqrt(level) * old[:, stays].T])
+    wanted = np.vstack([a @ old.T / np.sqrt(len(a)), penalty[:, None] * old[:, stays].T])
     expected = np.linalg.lstsq(inputs, wanted, rcond=None)[0].T
     assert np.allclose(result.read(W).numpy(), expected, atol=2e-4)
 
@@ -125,8 +125,7 @@ def test_healing_is_least_squares_on_what_the_first_block_lacks(options, checkpo
     wanted = wanted[..., stays]
     weight = wanted.square().mean(-1, keepdim=True).rsqrt()
     missing, a = (((each * weight).flatten(0, 1)).numpy() for each in (wanted - own, seen[0]))
-    level = 0.2 * np.mean(a**2)
-    inputs = np.vstack([a / np.sqrt(len(a)), np.sqrt(level) * np.eye(a.shape[1])])
+    inputs = np.vstack([a / np.sqrt(len(a)), np.diag(np.sqrt(0.2 * np.mean(a**2, 0)))])
     lacks = np.vstack([missing / np.sqrt(len(a)), np.zeros((a.shape[1], len(stays)))])
     D = np.linalg.lstsq(inputs, lacks, rcond=None)[0]
     W = "model.layers.0.mlp.down_proj.weight"

@@ -1,0 +1,40 @@
+"""Ridge least squares from second moments, each input damped by a share of its own size.
+
+The inputs of a feed-forward part's last matrix differ in size by orders of magnitude. A penalty that is the same for
+all of them, a share of the mean square of all (GPTQ's damping), leaves the few largest undamped and silences the rest.
+Here the penalty of an input is a share of its own mean square, so that the result does not depend on the units in
+which inputs are measured (Hoerl and Kennard 1970 scale to correlations for the same reason).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmpack.algorithms.hessian import factorize
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
+
+
+def over(cross: Tensor, H: Tensor, damping: float) -> Tensor:
+    """``cross (H + damping diag(H))^-1`` [rows, columns] float64: with ``cross = E[y x^T]`` what maps x nearest to y.
+
+    H        [columns, columns] ``E[x x^T]``; inputs that are always zero are mapped to nothing
+    cross    [rows, columns]
+    damping  share of the mean square of each input that is added to it
+
+    Raises NumericalError where H does not factor at any damping.
+    """
+    wide = H.to(torch.float64)
+    size = torch.diagonal(wide).clamp_min(0).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    # With ones on the diagonal, a share of its mean is a share of each.
+    upper = factorize(wide / size / size[:, None], damping, "natural").upper
+    half = torch.linalg.solve_triangular(upper, (cross.to(torch.float64) / size).T, upper=True)
+    found: Tensor = torch.linalg.solve_triangular(upper.T, half, upper=False).T
+    return found / size
