@@ -66,7 +66,7 @@ class PruneDepth(Step):
     "blocks" also fits all numbers of every block behind the first gap, and of its neighbours, to the source's hidden
     states, which takes minutes, and keeps the best of all."""
 
-    damping: float = Field(default=1.0, ge=0, le=10)
+    damping: float = Field(default=0.5, ge=0, le=10)
     """How little healing trusts the calibration text: the share of its mean square that is added to each input of what it
     fits."""
 
