@@ -67,8 +67,8 @@ class PruneDepth(Step):
     states, which takes minutes, and keeps the best of all."""
 
     damping: float = Field(default=0.5, ge=0, le=10)
-    """How little healing trusts the calibration text: the share of its mean square that is added to each input of what it
-    fits."""
+    """How little healing trusts the calibration text: the share of its mean square that is added to each input of what
+    it fits."""
 
     heal_passes: int = Field(default=2, ge=1, le=1000)
     """How often blocks that learn together see the text with heal = "blocks"."""

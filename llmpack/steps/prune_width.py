@@ -73,7 +73,7 @@ class PruneWidth(Step):
     """Let the matrices that read what is gone make up for it by least squares."""
 
     damping: float = Field(default=0.2, ge=0, le=10)
-    """Share of the mean square of each input that is added to it where matrices make up for what is gone: more trusts the
+    """Share of its mean square that is added to each input of a matrix that makes up for what is gone: more trusts the
     calibration text less."""
 
     heal: bool = True

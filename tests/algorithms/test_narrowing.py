@@ -23,7 +23,7 @@ def moments(x):
 
 
 def slow_refit(W, x, stays, damping):
-    """Ridge least squares on rows of data, each column pulled towards the columns as they were; and what error is left."""
+    """Ridge least squares on rows of data, each column pulled to where it was; and what error is left."""
     penalty = np.sqrt(damping * np.mean(x[:, stays] ** 2, 0))
     inputs = np.vstack([x[:, stays] / np.sqrt(len(x)), np.diag(penalty)])
     wanted = np.vstack([x @ W.T / np.sqrt(len(x)), penalty[:, None] * W[:, stays].T])
