@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.healing import gains
+from llmpack.algorithms.healing import gains, predicted_by
 from llmpack.algorithms.hessian import CrossSum, HessianSum
-from llmpack.algorithms.ridge import over
 from llmpack.calibration.ablation import apply, embedded
 from llmpack.checkpoint.tensors import torch_dtype
 from llmpack.models import family_of
@@ -141,7 +140,7 @@ def close(forward: Forward, block: Block, pairs: Iterable[tuple[Tensor, Tensor]]
             sums.cross.add(missing, a)
     finally:
         hook.remove()
-    change = over(sums.cross.mean(), sums.own.mean(), damping)
+    change = predicted_by(sums.own.mean(), sums.cross.mean(), damping)
     change /= family_of(forward.graph.config).residual_scale(forward.graph.config)
     return _put(forward, block, down, forward.checkpoint.read(down.name).double() + change.cpu())
 

@@ -43,7 +43,7 @@ class PruneDepth(Step):
     model nearer to the source on that part. The result is a plain model with fewer blocks.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 2
     unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
 
     drop: Amount | None = None
@@ -67,8 +67,7 @@ class PruneDepth(Step):
     states, which takes minutes, and keeps the best of all."""
 
     damping: float = Field(default=0.5, ge=0, le=10)
-    """How little healing trusts the calibration text: the share of its mean square that is added to each input of what
-    it fits."""
+    """How little healing trusts the calibration text, as a share of the mean square of what it fits on."""
 
     heal_passes: int = Field(default=2, ge=1, le=1000)
     """How often blocks that learn together see the text with heal = "blocks"."""

@@ -80,7 +80,7 @@ class PruneWidth(Step):
     """Then let what each block ends with take up, in closed form, what it can predict of how far the hidden states are
     from those of the wider model. Takes two streams of hidden states in memory."""
 
-    heal_damping: float = Field(default=1.0, ge=0, le=10)
+    heal_damping: float = Field(default=0.5, ge=0, le=10)
     """As `damping` of `prune.depth`, for `heal`."""
 
     on_dominated: OnDominated = "say"

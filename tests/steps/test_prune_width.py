@@ -125,7 +125,7 @@ def test_healing_is_least_squares_on_what_the_first_block_lacks(options, checkpo
     wanted = wanted[..., stays]
     weight = wanted.square().mean(-1, keepdim=True).rsqrt()
     missing, a = (((each * weight).flatten(0, 1)).numpy() for each in (wanted - own, seen[0]))
-    inputs = np.vstack([a / np.sqrt(len(a)), np.diag(np.sqrt(0.2 * np.mean(a**2, 0)))])
+    inputs = np.vstack([a / np.sqrt(len(a)), np.sqrt(0.2 * np.mean(a**2)) * np.eye(a.shape[1])])
     lacks = np.vstack([missing / np.sqrt(len(a)), np.zeros((a.shape[1], len(stays)))])
     D = np.linalg.lstsq(inputs, lacks, rcond=None)[0]
     W = "model.layers.0.mlp.down_proj.weight"
