@@ -119,7 +119,7 @@ class BlockwiseEncoding(GridEncoding):
         rows = tiles.packed_matrix(packed, self, columns)
         blocks = np.ascontiguousarray(rows).reshape(rows.shape[0] * (columns // self.block_in(columns)), -1)
         codes, grid = self.unpack_blocks(blocks, rows.shape[0])
-        return torch.from_numpy(codes.reshape(rows.shape[0], columns)).to(torch.int32), grid
+        return torch.from_numpy(codes.reshape(rows.shape[0], columns).astype(np.int32)), grid
 
     def owns(self, grid: ScaleGrid) -> bool:
         """Whether it stores codes on a grid of that kind."""
