@@ -6,6 +6,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from llmpack.calibration.text import read_texts
 from llmpack.errors import RecipeError
 from llmpack.pipeline.recipe import read_recipe, validate
 from llmpack.pipeline.schema import recipe_schema, schema_text
@@ -176,6 +177,8 @@ def test_shipped_recipes_are_read_and_accepted_by_the_schema(path):
     assert recipe.name == path.stem
     assert document.text.startswith("#:schema recipe.schema.json\n")
     jsonschema.Draft7Validator(recipe_schema()).validate(document.values)
+    texts = [source for part in (recipe.calibration, recipe.evaluation) if part for source in part.text]
+    assert read_texts(texts, path.parent, offline=True)
 
 
 @pytest.mark.parametrize("change", ["nmae=3", "step.0.use=quantize.gtpq", "step.0.encodng=q4_0", "budget.memory=2G"])
