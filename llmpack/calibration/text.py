@@ -61,6 +61,29 @@ def read_texts(sources: Sequence[str], base: Path, *, offline: bool = False) -> 
     return texts
 
 
+def missing_texts(sources: Sequence[str], base: Path) -> list[Problem]:
+    """What of the sources is not there, as far as it can be seen without reading or fetching text."""
+    problems = []
+    for source in sources:
+        try:
+            _find(source, base)
+        except _NoTextError as why:
+            problems.append(Problem(f"`{source}`: {why}"))
+    return problems
+
+
+def _find(source: str, base: Path) -> None:
+    kind, _, rest = source.partition(":")
+    if kind == "python" and rest:
+        _module_file(rest)
+    elif kind == data_set.KIND and rest:
+        folder = data_set.folder_of(rest, base)
+        if folder is not None and not folder.is_dir():
+            raise _NoTextError(f"there is no folder {folder}")
+    elif not (base / Path(source.partition("#")[0]).expanduser()).exists():
+        raise _NoTextError(f"there is no such file or folder below {base}")
+
+
 def _read(source: str, base: Path, offline: bool) -> Iterator[str]:
     kind, _, rest = source.partition(":")
     if kind == "python" and rest:
@@ -116,7 +139,7 @@ def _lines(path: Path, field: str) -> Iterator[str]:
         yield value
 
 
-def _python_strings(module: str) -> Iterator[str]:
+def _module_file(module: str) -> Path:
     if module.partition(".")[0] not in sys.stdlib_module_names:
         raise _NoTextError("only modules of Python's standard library are read as text")
     try:
@@ -125,6 +148,10 @@ def _python_strings(module: str) -> Iterator[str]:
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise _NoTextError(f"this Python has no source for the module `{module}`")
-    for node in ast.walk(ast.parse(_file(Path(spec.origin)))):
+    return Path(spec.origin)
+
+
+def _python_strings(module: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(_file(_module_file(module)))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= SHORTEST_STRING:
             yield node.value

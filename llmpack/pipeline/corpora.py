@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmpack.calibration import data_set
+from llmpack.calibration.text import missing_texts
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.errors import Problem, RecipeError
 from llmpack.pipeline.cache import Cache
@@ -72,6 +74,14 @@ class Text:
         more = max(1, tokens // length)
         return self._built((self.section.tokens // length + more) * length).tokens[-more:]
 
+    def missing(self) -> list[Problem]:
+        """Sources that are not there, as far as it can be seen without reading them."""
+        return self._located(missing_texts(self.section.text, self._base))
+
+    def _located(self, problems: Iterable[Problem]) -> list[Problem]:
+        key = (self.name, "text")
+        return [Problem(p.message, ".".join(key), self.document.where(key)) for p in problems]
+
     def _built(self, tokens: int) -> Corpus:
         from llmpack.calibration.corpus import build_corpus, load_tokenizer
 
@@ -87,9 +97,7 @@ class Text:
                 offline=self.offline,
             )
         except RecipeError as error:
-            key = (self.name, "text")
-            problems = [Problem(p.message, ".".join(key), self.document.where(key)) for p in error.problems]
-            raise RecipeError(problems) from error
+            raise RecipeError(self._located(error.problems)) from error
 
 
 def require_texts(calibration: Text | None, evaluation: Text | None, cache: Cache) -> dict[str, str]:

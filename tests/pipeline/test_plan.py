@@ -152,3 +152,13 @@ def test_a_budget_below_the_model_itself_is_missed_by_the_plan(order):
     plan = plan_bundle(order("budget.disk=1 MB", "budget.memory=3 MiB")).plan
     assert plan.misses
     assert {row.limit for row in plan.verdict.rows if row.status == "FAIL"} == {"disk", "memory"}
+
+
+def test_texts_that_are_not_there_are_named_with_all_that_cannot_work(order):
+    texts = ('calibration.text=["nope.txt", "python:json"]', 'evaluation.text=["python:nope"]')
+    with pytest.raises(RecipeError) as refused:
+        plan_bundle(order(*texts, "step.0.encoding=q4_k"))
+    said = [problem.message for problem in refused.value.problems]
+    assert "not a multiple" in said[0]
+    assert "`nope.txt`: there is no such file" in said[-2]
+    assert "`python:nope`: only modules" in said[-1]
