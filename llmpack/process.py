@@ -32,7 +32,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -119,9 +119,10 @@ class Child:
         title: str,
         limits: Limits = NO_LIMITS,
         environment: Mapping[str, str] | None = None,
+        hint: Callable[[], str] = str,
     ) -> None:
-        """Start ``python -m module``; `title` names the child in messages."""
-        self.title = title
+        """Start ``python -m module``; `title` names the child in messages, `hint` what to try where it crashed."""
+        self.title, self._hint = title, hint
         self._kills_before = oom_kills()
         command = [sys.executable, "-P", "-m", "llmpack.process", json.dumps(asdict(limits)), str(os.getpid()), module]
         self._process = subprocess.Popen(
@@ -225,7 +226,8 @@ class Child:
             return RuntimeFailed(self._message(f"it closed its output {when} and went on running"), kind="protocol")
         self._readers[1].join(_GOODBYE_SECONDS)
         kind, what = self._diagnosis(code)
-        return RuntimeFailed(self._message(f"{what} {when}"), kind=kind)
+        hint = self._hint() if kind == "crash" and code < 0 else ""
+        return RuntimeFailed(self._message(f"{what} {when}") + hint, kind=kind)
 
     def _diagnosis(self, code: int) -> tuple[str, str]:
         if code < 0 and -code == signal.SIGKILL:

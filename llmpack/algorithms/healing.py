@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import factorize
+from llmpack.algorithms.ridge import divided
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +31,7 @@ def predicted_by(H: Tensor, cross: Tensor, damping: float) -> Tensor:
 
     Raises NumericalError where H does not factor at any damping.
     """
-    factor = factorize(H, damping, "natural")
-    half = torch.linalg.solve_triangular(factor.upper, cross.to(torch.float64).T, upper=True)
-    found: Tensor = torch.linalg.solve_triangular(factor.upper.T, half, upper=False).T
-    return found
+    return divided(cross.to(torch.float64), factorize(H, damping, "natural").upper)
 
 
 def gains(power: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.ridge import over
+from llmpack.algorithms.ridge import ridge_regression
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +48,8 @@ def energies(W: Tensor, H: Tensor, unit: int) -> Tensor:
 
 
 def inverse_of(H: Tensor, damping: float) -> Tensor:
-    """``(H + damping diag(H))^-1`` float64. Raises NumericalError as `over` does."""
-    return over(torch.eye(H.shape[0], dtype=torch.float64, device=H.device), H, damping)
+    """``(H + damping diag(H))^-1`` float64. Raises NumericalError as `ridge_regression` does."""
+    return ridge_regression(torch.eye(H.shape[0], dtype=torch.float64, device=H.device), H, damping)
 
 
 def choose(W: Tensor, H: Tensor, unit: int, keep: int, damping: float, *, rounds: int = ROUNDS) -> Tensor:
@@ -95,4 +95,4 @@ def compensated(W: Tensor, H: Tensor, stays: Tensor, damping: float) -> Tensor:
     if not bool(gone.any()):
         return kept
     lost = wide[:, gone] @ H[gone][:, stays].to(torch.float64)
-    return kept + over(lost, H[stays][:, stays], damping)
+    return kept + ridge_regression(lost, H[stays][:, stays], damping)

@@ -21,20 +21,26 @@ else:
     torch = LazyModule("torch")
 
 
-def over(cross: Tensor, H: Tensor, damping: float) -> Tensor:
+def ridge_regression(cross: Tensor, H: Tensor, damping: float) -> Tensor:
     """``cross (H + damping diag(H))^-1`` [rows, columns] float64: with ``cross = E[y x^T]`` what maps x nearest to y.
 
     H        [columns, columns] ``E[x x^T]``; inputs that are always zero are mapped to nothing
     cross    [rows, columns]
     damping  share of the mean square of each input that is added to it
 
-    Raises NumericalError where H does not factor at any damping.
+    Memory beside the arguments: H twice in float64. Raises NumericalError where H does not factor at any damping.
     """
-    wide = H.to(torch.float64)
-    size = torch.diagonal(wide).clamp_min(0).sqrt()
+    scaled = H.to(torch.float64, copy=True)
+    size = torch.diagonal(scaled).clamp_min(0).sqrt()
     size = torch.where(size > 0, size, 1.0)
     # With ones on the diagonal, a share of its mean is a share of each.
-    upper = factorize(wide / size / size[:, None], damping, "natural").upper
-    half = torch.linalg.solve_triangular(upper, (cross.to(torch.float64) / size).T, upper=True)
+    scaled.div_(size).div_(size[:, None])
+    upper = factorize(scaled, damping, "natural", overwrite=True).upper
+    return divided(cross.to(torch.float64) / size, upper).div_(size)
+
+
+def divided(left: Tensor, upper: Tensor) -> Tensor:
+    """``left (R R^T)^-1`` [rows, columns] for an upper triangular R [columns, columns], both float64."""
+    half = torch.linalg.solve_triangular(upper, left.T, upper=True)
     found: Tensor = torch.linalg.solve_triangular(upper.T, half, upper=False).T
-    return found / size
+    return found

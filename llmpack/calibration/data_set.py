@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,17 @@ def folder_of(source: str, base: Path) -> Path | None:
     return None if match is None else base / Path(match["path"]).expanduser()
 
 
+def parse(source: str, base: Path) -> Mapping[str, str | None]:
+    """The parts that a source names. Raises ValueError for what is no such source or a folder that is not there."""
+    match = _HUB.fullmatch(source) or _FOLDER.fullmatch(source)
+    if match is None:
+        raise ValueError(FORMS)
+    folder = folder_of(source, base)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    return match.groupdict()
+
+
 def rows(source: str, base: Path, *, offline: bool) -> Iterator[str]:
     """The texts of a data set, in its order.
 
@@ -48,13 +59,8 @@ def rows(source: str, base: Path, *, offline: bool) -> Iterator[str]:
     Raises ValueError for what is no such source or gives no text, MissingExtra without `datasets`, EnvironmentProblem
     where the hub cannot be reached or must not be.
     """
-    match = _HUB.fullmatch(source) or _FOLDER.fullmatch(source)
-    if match is None:
-        raise ValueError(FORMS)
-    named = match.groupdict()
+    named = parse(source, base)
     folder = folder_of(source, base)
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
     if folder is None and offline and not os.environ.get("HF_HUB_OFFLINE"):
         raise EnvironmentProblem(
             f"dataset:{source}: the build is offline, and data sets of the hub are looked up there; "

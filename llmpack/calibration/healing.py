@@ -86,7 +86,7 @@ def healed(
     return changed
 
 
-def led_back(
+def healed_towards(
     forward: Forward,
     whole: Forward,
     tokens: Tensor,

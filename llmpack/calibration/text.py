@@ -62,7 +62,7 @@ def read_texts(sources: Sequence[str], base: Path, *, offline: bool = False) -> 
 
 
 def missing_texts(sources: Sequence[str], base: Path) -> list[Problem]:
-    """What of the sources is not there, as far as it can be seen without reading or fetching text."""
+    """What of the sources is not there or is no source, as far as it can be seen without reading or fetching text."""
     problems = []
     for source in sources:
         try:
@@ -76,15 +76,27 @@ def _find(source: str, base: Path) -> None:
     kind, _, rest = source.partition(":")
     if kind == "python" and rest:
         _module_file(rest)
-    elif kind == data_set.KIND and rest:
-        folder = data_set.folder_of(rest, base)
-        if folder is not None and not folder.is_dir():
-            raise _NoTextError(f"there is no folder {folder}")
-    elif not (base / Path(source.partition("#")[0]).expanduser()).exists():
+        return
+    if kind == data_set.KIND and rest:
+        try:
+            data_set.parse(rest, base)
+        except ValueError as why:
+            raise _NoTextError(str(why)) from why
+        return
+    name, _, field = source.partition("#")
+    path = base / Path(name).expanduser()
+    if path.is_dir():
+        return
+    if not path.is_file():
         raise _NoTextError(f"there is no such file or folder below {base}")
+    if path.suffix == ".jsonl" and not field:
+        raise _NoTextError(f"say which field of a line is the text: `{path.name}#FIELD`")
+    if field and path.suffix != ".jsonl":
+        raise _NoTextError("only .jsonl files have fields")
 
 
 def _read(source: str, base: Path, offline: bool) -> Iterator[str]:
+    _find(source, base)
     kind, _, rest = source.partition(":")
     if kind == "python" and rest:
         yield from _python_strings(rest)
@@ -102,12 +114,8 @@ def _read(source: str, base: Path, offline: bool) -> Iterator[str]:
         if not files:
             raise _NoTextError(f"no file in this folder ends in {', '.join(SUFFIXES)}")
         yield from (_file(file) for file in files)
-    elif not path.is_file():
-        raise _NoTextError(f"there is no such file or folder below {base}")
     elif path.suffix == ".jsonl":
         yield from _lines(path, field)
-    elif field:
-        raise _NoTextError("only .jsonl files have fields")
     else:
         yield _file(path)
 
@@ -123,8 +131,6 @@ def _file(path: Path) -> str:
 
 
 def _lines(path: Path, field: str) -> Iterator[str]:
-    if not field:
-        raise _NoTextError(f"say which field of a line is the text: `{path.name}#FIELD`")
     for number, line in enumerate(_file(path).splitlines(), 1):
         if not line.strip():
             continue

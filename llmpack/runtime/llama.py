@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from llmpack.errors import RuntimeFailed
+from llmpack.process import Child
 from llmpack.runtime.meter import Memory
-from llmpack.runtime.runtime import Build, Runtime
+from llmpack.runtime.runtime import SILENCE_SECONDS, Build, Runtime
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class LlamaBuild(Build):
         """The features that are on, as llama.cpp spells them."""
         pairs = (part.rpartition(":")[2].partition("=") for part in self.system.split("|"))
         return tuple(name.strip() for name, _, value in pairs if value.strip() not in ("", "0"))
+
+
+def _build_of(answer: Mapping[str, Any]) -> LlamaBuild:
+    return LlamaBuild(**{**answer, "bare_memory": Memory(**answer["bare_memory"])})
 
 
 def crash_hint(features: Collection[str]) -> str:
@@ -67,15 +72,13 @@ class LlamaRuntime(Runtime):
     packages = ("llama-cpp-python",)
     worker = "llmpack.runtime.llama_worker"
 
-    def _ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        try:
-            return super()._ask(operation, **arguments)
-        except RuntimeFailed as failure:
-            if failure.kind != "crash" or operation == "info":
-                raise
-            with LlamaRuntime() as other:
-                hint = crash_hint(other.info().features)
-            raise RuntimeFailed(f"{failure}{hint}", kind=failure.kind) from failure
+    @classmethod
+    def _crash_hint(cls) -> str:
+        with Child(cls.worker, title=cls.title) as other:  # a bare child: its own crash asks for no hint
+            try:
+                return crash_hint(_build_of(other.ask("info", {}, SILENCE_SECONDS)).features)
+            except RuntimeFailed:
+                return ""
 
     def check(self, path: Path) -> None:
         """A GGUF file is one file."""
@@ -84,8 +87,7 @@ class LlamaRuntime(Runtime):
 
     def info(self) -> LlamaBuild:
         """Which llama.cpp this is."""
-        answer = self._ask("info")
-        return LlamaBuild(**{**answer, "bare_memory": Memory(**answer["bare_memory"])})
+        return _build_of(self._ask("info"))
 
     def quantize_rows(
         self, weight: np.ndarray, ggml_type: int, importance: np.ndarray | None = None, *, threads: int = 1

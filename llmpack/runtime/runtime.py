@@ -109,7 +109,7 @@ class Runtime(ABC):
         self._silence = silence
         self._vocabulary = 0
         self._folder = tempfile.TemporaryDirectory(prefix="llmpack-")
-        self._child = Child(self.worker, title=self.title, limits=limits)
+        self._child = Child(self.worker, title=self.title, limits=limits, hint=self._crash_hint)
 
     @property
     def pid(self) -> int:
@@ -120,6 +120,11 @@ class Runtime(ABC):
     def last_lines(self) -> tuple[str, ...]:
         """The last lines that the runtime wrote."""
         return self._child.last_lines
+
+    @classmethod
+    def _crash_hint(cls) -> str:
+        """What to try where the runtime was ended by a signal: lines for the error, or nothing."""
+        return ""
 
     def _ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
         return self._child.ask(operation, arguments, self._silence)

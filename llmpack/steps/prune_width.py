@@ -11,7 +11,7 @@ from pydantic import Field
 from llmpack.calibration.ablation import changed_model
 from llmpack.calibration.corpus import Corpus
 from llmpack.calibration.gate import mean_kl
-from llmpack.calibration.healing import led_back
+from llmpack.calibration.healing import healed_towards
 from llmpack.calibration.narrowing import group_width, narrow
 from llmpack.calibration.walk import Visit, resume_point, walk
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -254,19 +254,19 @@ class PruneWidth(Step):
         """Other numbers for what the blocks of the narrower checkpoint end with."""
         narrow, wide = (Forward(one, open_model(one)) for one in (narrowed, checkpoint))
         channels = None if kept.hidden is None else torch.from_numpy(np.asarray(kept.hidden))
-        return led_back(
+        return healed_towards(
             narrow, wide, learn.tokens, channels=channels, damping=self.heal_damping, progress=bench.progress
         )
 
     def _judge(self, ways: Mapping[str, Way], held: Corpus, bench: Workbench) -> tuple[str, dict[str, Any]]:
         """Which of them is nearest to the source on text that none has seen."""
-        source = open_model(bench.source)
-        wanted = final_hidden(bench.source, source, held.tokens, bench.progress)
+        source = Forward(bench.source, open_model(bench.source))
+        wanted = final_hidden(bench.source, source.graph, held.tokens, bench.progress)
         kl: dict[str, float] = {}
         for name, (one, changed) in ways.items():
             forward = Forward(one, open_model(one))
             states = changed_model(forward, held.tokens, range(forward.graph.block_count), changed, bench.progress)
-            kl |= mean_kl(Forward(bench.source, source), wanted, forward, {name: states})
+            kl |= mean_kl(source, wanted, forward, {name: states})
         best = min(kl, key=kl.__getitem__)
         said = ", ".join(f"{kl[way]:.3g} ({way})" for way in ways if way != "none")
         verdict = "kept the weights as they were" if best == "none" else best

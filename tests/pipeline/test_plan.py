@@ -155,10 +155,11 @@ def test_a_budget_below_the_model_itself_is_missed_by_the_plan(order):
 
 
 def test_texts_that_are_not_there_are_named_with_all_that_cannot_work(order):
-    texts = ('calibration.text=["nope.txt", "python:json"]', 'evaluation.text=["python:nope"]')
+    texts = ('calibration.text=["nope.txt", "python:json", "dataset:nope"]', 'evaluation.text=["python:nope"]')
     with pytest.raises(RecipeError) as refused:
         plan_bundle(order(*texts, "step.0.encoding=q4_k"))
     said = [problem.message for problem in refused.value.problems]
     assert "not a multiple" in said[0]
-    assert "`nope.txt`: there is no such file" in said[-2]
+    assert "`nope.txt`: there is no such file" in said[-3]
+    assert "`dataset:nope`: write dataset:OWNER" in said[-2]
     assert "`python:nope`: only modules" in said[-1]
