@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from llmpack.torchvision_operators import declare_operators
+
 
 class LazyModule:
     """Stands for a module until an attribute of it is asked for.
@@ -18,6 +20,8 @@ class LazyModule:
         self._extra = extra
 
     def __getattr__(self, attribute: str) -> Any:
+        if self._name == "transformers":
+            declare_operators()
         try:
             module = importlib.import_module(self._name)
         except ModuleNotFoundError as missing:

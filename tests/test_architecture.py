@@ -23,7 +23,7 @@ FLOORS = (
     {"encodings"},
     {"registry", "process", "parallel"},
     {"lazy"},
-    {"errors", "units", "documented", "digest", "progress", "profile", "allocator"},
+    {"errors", "units", "documented", "digest", "progress", "profile", "allocator", "torchvision_operators"},
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -33,6 +33,7 @@ from llmpack.digest import sha256_value
 from llmpack.errors import StepFailed
 from llmpack.models.forward import BATCH_TOKENS, Block, Forward
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.models.products import Products, products
 from llmpack.profile import uncount
 from llmpack.progress import QUIET, Progress
 
@@ -67,9 +68,16 @@ class Visit:
     """
 
     def __init__(
-        self, forward: Forward, activations: Activations, index: int, progress: Progress, observe: bool, last: int
+        self,
+        forward: Forward,
+        activations: Activations,
+        index: int,
+        progress: Progress,
+        observe: bool,
+        last: int,
+        kind: Products,
     ) -> None:
-        self.index = index
+        self.index, self._kind = index, kind
         self.specs: tuple[TensorSpec, ...] = forward.graph.block(index)
         self._forward, self._activations, self._progress = forward, activations, progress
         self._observe, self._drafted, self._referred = observe, False, False
@@ -124,7 +132,7 @@ class Visit:
         """
         sums = {name: HessianSum(columns, self._forward.device) for name, columns in self._widths(inputs).items()}
         keep = self._observe and not self._drafted
-        with self._watched({name: total.add for name, total in sums.items()}, enough=not keep):
+        with products(self._kind), self._watched({n: total.add for n, total in sums.items()}, enough=not keep):
             self._run(keep=keep)
         give_back_memory()
         return sums
@@ -153,7 +161,7 @@ class Visit:
                     one.own.add(seen[name] if len(fitted) == len(seen[name]) else seen[name][fitted])
                 yield output
 
-        with self._watched({name: partial(seen.__setitem__, name) for name in sums}):
+        with products(self._kind), self._watched({name: partial(seen.__setitem__, name) for name in sums}):
             self._write_reference(both())
         give_back_memory()
         return sums
@@ -246,7 +254,8 @@ class Visit:
         if self._activations.streams > 1 and not self._referred:
             self.moments(())
         if not self._drafted:
-            self._run(keep=True)
+            with products(self._kind):
+                self._run(keep=True)
         self._activations.begin(self.index + 1)
         self._block = None
         self._replaced.clear()
@@ -269,7 +278,13 @@ def _give_input(
 
 
 def _activations(
-    checkpoint: Checkpoint, graph: ModelGraph, corpus: Corpus, work: Path, dtype: torch.dtype, reference: bool
+    checkpoint: Checkpoint,
+    graph: ModelGraph,
+    corpus: Corpus,
+    work: Path,
+    dtype: torch.dtype,
+    reference: bool,
+    kind: Products,
 ) -> Activations:
     hidden = next(spec for spec in graph.outside if spec.part == "embedding").shape[1]
     identity = sha256_value(
@@ -280,6 +295,7 @@ def _activations(
             "dtype": str(dtype),
             "batch": BATCH_TOKENS,
             "reference": reference,
+            "products": kind,
         }
     )
     return Activations(work, identity[:16], (corpus.tokens.shape[0], corpus.length, hidden), 2 if reference else 1)
@@ -293,11 +309,12 @@ def resume_point(
     work: Path,
     dtype: torch.dtype | None = None,
     reference: bool = False,
+    kind: Products = "f32",
 ) -> int:
     """The block at which a walk in `work` can start: 0, or the newest one whose inputs were saved."""
     if not work.is_dir():
         return 0
-    return _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference).newest() or 0
+    return _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference, kind).newest() or 0
 
 
 def walk(
@@ -313,6 +330,7 @@ def walk(
     observe: bool = False,
     reference: bool = False,
     outputs: bool = False,
+    kind: Products = "f32",
 ) -> Iterator[Visit]:
     """Visit the blocks from `start` on, in order.
 
@@ -322,13 +340,14 @@ def walk(
     observe    nothing will be replaced: the pass that gathers `Visit.hessians` also makes the next block's inputs
     reference  carry the unchanged model beside, for `Visit.moments`
     outputs    with a reference: its outputs are for `Visit.pairs`, those of the last block too
+    kind       how matrices are multiplied while the text runs through a block and moments are summed
 
     When the next visit is asked for, the block runs with whatever was replaced in it, and the visit before is over.
     After the last block nothing runs, since nobody reads its outputs, and no activations are left.
     Raises StepFailed where the inputs of block `start` were not saved.
     """
     work.mkdir(parents=True, exist_ok=True)
-    activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference)
+    activations = _activations(checkpoint, graph, corpus, work, dtype or torch.float32, reference, kind)
     forward = Forward(checkpoint, graph, dtype, device)
     give_back_memory()
     if start == 0:
@@ -338,7 +357,7 @@ def walk(
     elif activations.newest() != start:
         raise StepFailed(f"{work} does not hold the inputs of block {start}; delete it and start again")
     for index in range(start, graph.block_count):
-        visit = Visit(forward, activations, index, progress, observe, -1 if outputs else graph.block_count - 1)
+        visit = Visit(forward, activations, index, progress, observe, -1 if outputs else graph.block_count - 1, kind)
         checkpoint.prefetch(spec.name for spec in graph.tensors if spec.block == index + 1)
         yield visit
         if index + 1 < graph.block_count:

@@ -1,7 +1,7 @@
 """The table of encodings. A name is written here once; its class is loaded at first use."""
 
 from llmpack.encodings.encoding import Encoding
-from llmpack.encodings.names import INT_NAMES
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES
 from llmpack.registry import Table
 
 ENCODINGS: Table[type[Encoding]] = Table(
@@ -24,7 +24,7 @@ ENCODINGS: Table[type[Encoding]] = Table(
         "q6_k": "llmpack.encodings.kquants:Q6_K",
         "iq4_xs": "llmpack.encodings.kquants:IQ4_XS",
     }
-    | {name: f"llmpack.encodings.grouped:{name}" for name in INT_NAMES},
+    | {name: f"llmpack.encodings.{'ordered' if name in ORDERED_NAMES else 'grouped'}:{name}" for name in INT_NAMES},
     group="llmpack.encodings",
 )
 

@@ -6,7 +6,8 @@
     int8, symmetric      q8_0   nothing
     int4, asymmetric     q4_1   ``scale * (code - zero)`` becomes ``scale * code + minimum``, the minimum in float16
 
-Other widths have no block of GGUF with their levels. Rounding them again is a second quantization, which loses more
+Other widths have no block of GGUF with their levels, and columns in activation order are no neighbours, as those of a
+block are. Rounding them again is a second quantization, which loses more
 than quantizing the source to that encoding; so it is not offered.
 """
 
@@ -36,13 +37,13 @@ def block_encoding(name: str) -> str | None:
     """The encoding of GGUF that holds the codes of `name`, or None where there is none."""
     if name not in INT_NAMES:
         return None
-    bits, _, symmetric = int_options(name)
-    return _BLOCKS.get((bits, symmetric))
+    options = int_options(name)
+    return None if options.act_order else _BLOCKS.get((options.bits, options.symmetric))
 
 
 def is_exact(name: str) -> bool:
     """Whether every number stays what it is; else minima are rounded."""
-    return block_encoding(name) is not None and int_options(name)[2]
+    return block_encoding(name) is not None and int_options(name).symmetric
 
 
 def as_blocks(packed: np.ndarray, name: str, columns: int) -> np.ndarray:

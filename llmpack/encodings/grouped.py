@@ -5,7 +5,8 @@ rows stay independent and a family may permute them: codes, then the scale, then
 file (``qweight``, ``qzeros``, ``scales``), which run across rows, are made when it is written.
 
 Scales are fixed before the first column is rounded. So columns are rounded in any order and still lie where they are:
-``g_idx`` of the file is ``column // group``, whatever the order (static groups).
+``g_idx`` of the file is ``column // group``, whatever the order (static groups). Groups of columns that are no
+neighbours are those of `llmpack.encodings.ordered`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from llmpack.encodings import bits
 from llmpack.encodings.blocks import BlockwiseEncoding
 from llmpack.encodings.grids import BlockGrid, ScaleGrid, ZeroGrid
-from llmpack.encodings.names import INT_NAMES, int_options
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES, int_options
 from llmpack.encodings.refit import Descent, descend_halves
 from llmpack.encodings.search import Groups, symmetric, to_unit
 from llmpack.encodings.steps import Steps
@@ -136,7 +137,7 @@ def unpack_codes(packed: np.ndarray, width: int) -> np.ndarray:
 
 def _made(name: str) -> type[IntGroups]:
     """The encoding of that name."""
-    width, group, middle = int_options(name)
+    width, group, middle, _ = int_options(name)
     shared = "a whole row" if group < 0 else f"{group} columns"
     zero = f"d * (code - {1 << (width - 1)})" if middle else "d * (code - zero)"
     half = 1 << (width - 1)
@@ -156,4 +157,4 @@ def _made(name: str) -> type[IntGroups]:
     return type(name, (IntGroups,), body)
 
 
-globals().update({name: _made(name) for name in INT_NAMES})
+globals().update({name: _made(name) for name in INT_NAMES if name not in ORDERED_NAMES})

@@ -49,7 +49,7 @@ from llmpack.checkpoint.atomic import disk_errors, replaced_when_whole, require_
 from llmpack.checkpoint.tensors import chunks
 from llmpack.encodings import encoding
 from llmpack.encodings.conversion import as_blocks, block_encoding, is_exact
-from llmpack.encodings.names import INT_NAMES
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES
 from llmpack.errors import NumericalError, StepFailed
 from llmpack.formats.facts import Facts
 from llmpack.formats.gguf_container import Container, TensorEntry, Value, keys_nbytes, padded
@@ -101,8 +101,10 @@ class GgufFormat:
         if homeless or unknown:
             listed = [f"without a name: {', '.join(homeless)}"] if homeless else []
             listed += [f"without a type: {', '.join(unknown)}"] if unknown else []
-            again = any(t.encoding in INT_NAMES for t in graph.tensors if _type_of(t.encoding) is None)
-            twice = " (another encoding would be a second quantization of these codes)" if again else ""
+            without = {t.encoding for t in graph.tensors if _type_of(t.encoding) is None}
+            twice = " (another encoding would be a second quantization of these codes)"
+            twice = twice if without & set(INT_NAMES) else ""
+            twice += ", whose blocks are of neighbouring columns" if without & set(ORDERED_NAMES) else ""
             told = f"a GGUF file cannot hold tensors {'; '.join(listed)}{twice}"
             raise StepFailed(f"{told}; choose another encoding in the step that quantizes, or another format")
         return graph.with_encodings(self._encoding_in_file)

@@ -1,11 +1,12 @@
 """The GPTQ layout: int codes of the matrices in the blocks, as auto-gptq, GPTQModel, transformers and vLLM load them.
 
-What the words are: `llmpack.formats.gptq_words`. Symmetric groups are written as version 1, which every loader knows;
+What the words are: `llmpack.encodings.gptq_words`. Symmetric groups are written as version 1, which every loader knows;
 groups with a zero of their own as version 2, since version 1 cannot say a zero of 0.
 
-Activation order needs no permutation here. The scales of all groups are fixed before the first column is rounded
-("static groups"), so `quantize.gptq` takes columns in any order and each stays in its group: ``g_idx`` is
-``column // group`` and ``desc_act`` is false, which loaders run fastest.
+Rounding in activation order needs no permutation here. The scales of all groups are fixed before the first column is
+rounded ("static groups"), so `quantize.gptq` takes columns in any order and each stays in its group: ``g_idx`` is
+``column // group`` and ``desc_act`` is false, which loaders run fastest. Where columns with inputs alike in size are
+to share a scale (encodings called ``_act``), ``g_idx`` says which do, and ``desc_act`` is true.
 
 Everything outside the blocks stays in floats, and so does what the recipe leaves in floats inside them. Loaders are
 told by name: transformers, optimum and vLLM by ``modules_in_block_to_quantize``, GPTQModel by ``dynamic``.
@@ -24,18 +25,23 @@ import numpy as np
 import llmpack
 from llmpack.encodings import encoding
 from llmpack.encodings.encoding import GridEncoding
+from llmpack.encodings.gptq_words import RUN, dequantize, pack_words, pack_zeros
 from llmpack.encodings.names import INT_NAMES, int_options
 from llmpack.encodings.tiles import SLAB, runs
 from llmpack.errors import MissingExtra, StepFailed
-from llmpack.formats.gptq_words import RUN, dequantize, pack_words, pack_zeros
 from llmpack.formats.layout_plain import float_entry, float_pieces
 from llmpack.formats.layouts import FLOATS, Entry, Layout
 from llmpack.models.graph import ModelGraph, TensorSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from llmpack.checkpoint.checkpoint import Checkpoint
+else:
+    from llmpack.lazy import LazyModule
+
+    torch = LazyModule("torch")
 
 QUANTIZE_CONFIG = "quantize_config.json"
 FORMATS = {1: "gptq", 2: "gptq_v2"}
@@ -87,7 +93,7 @@ class Gptq(Layout):
         """The four tensors of a matrix in int groups, or the tensor itself."""
         if spec.encoding not in INT_NAMES:
             return (float_entry(spec, self.floats),)
-        bits, _, _ = int_options(spec.encoding)
+        bits = int_options(spec.encoding).bits
         (rows, columns), groups, base = spec.shape, _groups(spec), _module(spec)
         return (
             Entry(f"{base}.qweight", "I32", (columns * bits // 32, rows)),
@@ -104,22 +110,22 @@ class Gptq(Layout):
             return
         if stored != spec.encoding:
             raise StepFailed(f"{spec.name} is stored as {stored} and the bundle wants {spec.encoding}; quantize it")
-        bits, _, _ = int_options(spec.encoding)
-        codes, scales, zeros = _upright(checkpoint.packed(spec.name), spec)
+        bits = int_options(spec.encoding).bits
+        codes, scales, zeros, group_of = _upright(checkpoint.packed(spec.name), spec)
         base, columns = _module(spec), spec.shape[1]
         for strip in runs(columns // RUN, RUN * spec.shape[0], STRIP):
             words = pack_words(codes[strip.start * RUN : strip.stop * RUN], bits)
             yield f"{base}.qweight", _raw(words)
         yield f"{base}.qzeros", _raw(pack_zeros(zeros, bits, version_of(spec.encoding)))
         yield f"{base}.scales", _raw(np.ascontiguousarray(scales.T))
-        yield f"{base}.g_idx", _raw((np.arange(columns) // (columns // _groups(spec))).astype("<i4"))
+        yield f"{base}.g_idx", _raw(group_of.astype("<i4"))
 
     def decode(self, read: Callable[[str], Tensor], spec: TensorSpec) -> Tensor:
         """The numbers that a loader will compute with; float32."""
         if spec.encoding not in INT_NAMES:
             return read(spec.name).float()
         four = [read(f"{_module(spec)}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
-        bits, _, _ = int_options(spec.encoding)
+        bits = int_options(spec.encoding).bits
         return dequantize(*four, bits=bits, version=version_of(spec.encoding))
 
     def quantization_config(self, graph: ModelGraph) -> dict[str, Any] | None:
@@ -127,15 +133,15 @@ class Gptq(Layout):
         quantized = [spec for spec in graph.tensors if spec.encoding in INT_NAMES]
         if not quantized:
             return None
-        bits, group, symmetric = int_options(quantized[0].encoding)
+        bits, group, symmetric, act_order = int_options(quantized[0].encoding)
         version = FORMATS[version_of(quantized[0].encoding)]
         return {
             "quant_method": "gptq",
             "bits": bits,
             "group_size": group,
             "sym": symmetric,
-            "desc_act": False,
-            "static_groups": True,
+            "desc_act": act_order,
+            "static_groups": not act_order,
             "true_sequential": True,
             "lm_head": False,
             "checkpoint_format": version,
@@ -153,7 +159,7 @@ class Gptq(Layout):
 
 def version_of(name: str) -> int:
     """Version of the words that hold an encoding of int groups: 1 where zeros are all in the middle, else 2."""
-    return 1 if int_options(name)[2] else 2
+    return 1 if int_options(name).symmetric else 2
 
 
 def _module(spec: TensorSpec) -> str:
@@ -161,7 +167,7 @@ def _module(spec: TensorSpec) -> str:
 
 
 def _groups(spec: TensorSpec) -> int:
-    _, group, _ = int_options(spec.encoding)
+    group = int_options(spec.encoding).group
     return 1 if group < 0 else spec.shape[1] // group
 
 
@@ -176,22 +182,23 @@ def _left_out(graph: ModelGraph) -> dict[str, Any]:
     return {"modules_in_block_to_quantize": [named], "dynamic": {f"-:^{dots[name]}$": {} for name in left}}
 
 
-def _upright(packed: np.ndarray, spec: TensorSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes uint8 [columns, rows]; scales float16 and zeros uint8, both [rows, groups]."""
+def _upright(packed: np.ndarray, spec: TensorSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Codes uint8 [columns, rows]; scales float16 and zeros uint8, both [rows, groups]; the group of each column."""
     kind = encoding(spec.encoding)
     if not isinstance(kind, GridEncoding):
         raise AssertionError(f"{kind.name} has no grid")
     (rows, columns), groups = spec.shape, _groups(spec)
     codes = np.empty((columns, rows), dtype=np.uint8)
     scales, zeros = np.empty((rows, groups), dtype=np.float16), np.empty((rows, groups), dtype=np.uint8)
+    group_of = np.empty(columns, dtype=np.int64)
     for run in runs(rows, columns, SLAB):
         some, grid = kind.unpack(packed[run], columns)
         codes[:, run] = some.numpy().T
-        first = slice(None, None, columns // groups)
-        levels = grid.levels(first)
+        group_of[:] = grid.group_of.numpy()
+        levels = grid.levels(torch.from_numpy(np.unique(group_of, return_index=True)[1]))
         scales[run] = levels.scale.numpy()
         zeros[run] = levels.zero if isinstance(levels.zero, int) else levels.zero.numpy()
-    return codes, scales, zeros
+    return codes, scales, zeros, group_of
 
 
 def _raw(values: np.ndarray) -> np.ndarray:

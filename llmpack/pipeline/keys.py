@@ -83,8 +83,10 @@ def step_facts(
     """
     names = sorted({spec.encoding for spec in graph.tensors})
     together = {"processes": ranks.count()} if step.trains and ranks.count() > 1 else {}
+    engine = {"engine": {name: installed(name) for name in step.packages}} if step.packages else {}
     return {
         **together,
+        **engine,
         "step": step.use,
         "version": step.version,
         "options": step.model_dump(mode="json", exclude=set(step.unkeyed)),

@@ -25,7 +25,7 @@ from llmpack.pipeline.state import Artifact, Build
 from llmpack.target.budget import Finding, Verdict
 
 FORMAT = 1
-_RECORDED = (*ARITHMETIC, "tokenizers", "safetensors", "pydantic", "bitsandbytes")
+_RECORDED = (*ARITHMETIC, "tokenizers", "safetensors", "pydantic", "bitsandbytes", "gptqmodel", "optimum")
 
 
 class Observed(BaseModel):

@@ -39,6 +39,7 @@ class TransformersWorker(Base):
         self.close(arguments, tell)
         started = time.perf_counter()
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are those of the processor, on machines with a GPU too
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # kernels of GPTQModel compute the same without, minutes sooner
         from llmpack.runtime.transformers_session import TransformersSession
 
         self._session = TransformersSession(arguments["path"], arguments["settings"], arguments["context"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from llmpack.algorithms.drift import HELD_EVERY, HELD_TOKENS, STRIP
 from llmpack.algorithms.gptq import rows_at_once
 from llmpack.algorithms.hessian import TILE
+from llmpack.encodings.names import ORDERED_NAMES
 from llmpack.encodings.tiles import TILE as SEARCHED
 from llmpack.models.forward import BATCH_TOKENS
 from llmpack.models.graph import ModelGraph, TensorSpec
@@ -209,9 +210,11 @@ def _rounding(specs: list[TensorSpec], walk: Walk) -> tuple[Part, ...]:
     if not walk.factored:
         return (Part("one matrix and its codes", 8 * largest + _search(largest)),)
     tile = min(rows, rows_at_once(columns)) * columns
+    ordered = 5 * largest if specs[0].encoding in ORDERED_NAMES else 0
     return (
         Part("matrices and their codes", 5 * numbers),
         Part("rows being rounded", max(_search(largest), 16 * tile, (9 if walk.refined else 5) * largest)),
+        *((Part("the same, columns in the order of their groups", ordered),) if ordered else ()),
     )
 
 

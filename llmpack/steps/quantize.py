@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from llmpack.encodings import ENCODINGS
-from llmpack.encodings.names import INT_NAMES
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES
 from llmpack.errors import Problem, RecipeError
 from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.models.selection import Selection
@@ -146,7 +146,7 @@ def _problem(text: str, name: str, specs: list[TensorSpec]) -> Problem:
 
 def _fitting(columns: int, ints: bool) -> list[str]:
     """Encodings of the same kind, of GGUF's types or of int groups, for rows of that length."""
-    names = [name for name in ENCODINGS if name not in FLOATS and (name in INT_NAMES) == ints]
+    names = [n for n in ENCODINGS if n not in FLOATS and n not in ORDERED_NAMES and (n in INT_NAMES) == ints]
     return [name for name in names if ENCODINGS.load(name)().problem(columns) is None]
 
 

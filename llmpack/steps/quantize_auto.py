@@ -78,7 +78,7 @@ def _of_gptq(options: dict[str, Any]) -> dict[str, Any]:
 def gptq_options() -> dict[str, Any]:
     """The options of quantize.gptq that say how it rounds, not to what, with their defaults."""
     whole = QuantizeGptq(use="quantize.gptq").model_dump(mode="json")
-    return {name: value for name, value in whole.items() if name not in Quantize.model_fields}
+    return {name: value for name, value in whole.items() if name not in Quantize.model_fields and name != "engine"}
 
 
 TargetText = Annotated[

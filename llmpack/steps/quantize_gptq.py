@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmpack.algorithms.drift import DriftSum, follow, shift, tried, true_share, unseen_error
 from llmpack.algorithms.gptq import Rounded, objective, refine, round_together
@@ -19,8 +20,10 @@ from llmpack.checkpoint.tensors import as_packed
 from llmpack.checkpoint.writing import CheckpointWriter
 from llmpack.encodings import ENCODINGS, encoding
 from llmpack.encodings.encoding import Grid, GridEncoding
-from llmpack.errors import NumericalError, StepFailed
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES
+from llmpack.errors import EnvironmentProblem, MissingExtra, NumericalError, Problem, RecipeError, StepFailed
 from llmpack.models.graph import ModelGraph, TensorSpec
+from llmpack.models.products import Products, has_bf16
 from llmpack.profile import phase
 from llmpack.progress import Progress
 from llmpack.steps.blocks import (
@@ -46,6 +49,9 @@ else:
 
     torch = LazyModule("torch")
 
+NATIVE = {"correction", "refine", "tune", "tune_rate", "products", "on_failure"}
+"""Options that GPTQModel does not have."""
+
 
 class QuantizeGptq(Quantize):
     """Round numbers one column after the other, the columns that are left absorbing each error (GPTQ).
@@ -55,6 +61,10 @@ class QuantizeGptq(Quantize):
     """
 
     version: ClassVar[int] = 6
+
+    engine: Literal["native", "gptqmodel"] = "native"
+    """Who rounds: llmpack block by block, or GPTQModel (extra `gptq`), which makes int groups of the whole model at
+    once: its memory is that of the model, and is not predicted; killed, it begins anew. It takes damping and order."""
 
     damping: float = Field(default=0.03, ge=0, le=10)
     """Share of the mean of the Hessian's diagonal that is added to it: more trusts the calibration text less. 0.03 is
@@ -81,16 +91,49 @@ class QuantizeGptq(Quantize):
     tune_rate: float = Field(default=1e-3, gt=0, le=0.1)
     """Learning rate of the first of these steps, as a share of a scale; it falls to 0 along a line."""
 
+    products: Literal["auto", "f32", "bf16"] = "auto"
+    """How matrices are multiplied while calibration text runs through a block: in float32, or with operands rounded to
+    bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster."""
+
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
+
+    @model_validator(mode="after")
+    def _known_to_the_engine(self) -> Self:
+        if self.engine == "gptqmodel":
+            native = sorted(self.model_fields_set & NATIVE)
+            if native:
+                raise ValueError(f'GPTQModel has no {", ".join(native)}; remove it, or set engine = "native"')
+            if not 0 < self.damping < 1:
+                raise ValueError("GPTQModel's damping lies between 0 and 1")
+        return self
 
     @property
     def needs_corpus(self) -> bool:
         """Always."""
         return True
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """GPTQModel, where it is the engine."""
+        return ("gptqmodel",) if self.engine == "gptqmodel" else ()
+
+    def preview(self, graph: ModelGraph) -> ModelGraph:
+        """The graph with the encodings that the options ask for; MissingExtra for an engine that is not there."""
+        target = super().preview(graph)
+        if self.engine == "gptqmodel":
+            kinds = sorted({spec.encoding for spec in target.tensors if spec.is_linear} & set(INT_NAMES))
+            if len(kinds) != 1:
+                text = f"GPTQModel rounds to int groups of one kind, not {', '.join(kinds) or self.encoding}"
+                raise RecipeError([Problem(f'{text}; set encoding = "int4_g128" or the like', "encoding")])
+            if importlib.util.find_spec("gptqmodel") is None:
+                raise MissingExtra("gptqmodel", "gptq")
+        return target
+
     def encoding_problem(self, name: str) -> str | None:
         """Codes must stand for one column each."""
+        if self.engine == "gptqmodel" and self.order == "natural" and name in ORDERED_NAMES:
+            return f'{name} is in activation order; set order = "activation"'
         kind = ENCODINGS.load(name)
         if issubclass(kind, GridEncoding) and kind.joint_columns != 1:
             return f"codes of {name} span {kind.joint_columns} columns; use quantize.rtn for them"
@@ -106,7 +149,7 @@ class QuantizeGptq(Quantize):
 
     def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
         """One block, the second moments of its inputs, one of them factored; more with correction and refinement."""
-        if batch is None:
+        if batch is None or self.engine == "gptqmodel":
             return ()
         kind = Walk(factored=True, reference=self.correction > 0, refined=self.refine > 0, tuned=self.tune > 0)
         return tuple(walk_moments(graph, self.preview(graph), batch, kind))
@@ -114,6 +157,11 @@ class QuantizeGptq(Quantize):
     def run(self, checkpoint: Checkpoint, graph: ModelGraph, bench: Workbench) -> Checkpoint:
         """Write the rounded checkpoint to ``bench.folder``."""
         target = self.preview(graph)
+        if self.engine == "gptqmodel":
+            from llmpack.steps import gptqmodel  # not before it is needed, since a plan computes nothing
+
+            activation = self.order == "activation"
+            return gptqmodel.quantize(checkpoint, target, bench, damping=self.damping, activation=activation)
         writer = CheckpointWriter(bench.folder, checkpoint)
         with compute_threads(bench.threads):
             write_outside(writer, checkpoint, target, plain_encode, bench.progress)
@@ -128,8 +176,8 @@ class QuantizeGptq(Quantize):
     ) -> Iterator[Visit]:
         if bench.corpus is None:
             raise StepFailed("quantize.gptq learns from calibration text, and there is none; add [calibration]")
-        reference = self.correction > 0 or self.tune > 0
-        start = resume_point(checkpoint, graph, bench.corpus, work=bench.work, reference=reference)
+        reference, kind = self.correction > 0 or self.tune > 0, self._products()
+        start = resume_point(checkpoint, graph, bench.corpus, work=bench.work, reference=reference, kind=kind)
         require_blocks(writer, start)
         return walk(
             checkpoint,
@@ -140,7 +188,16 @@ class QuantizeGptq(Quantize):
             progress=bench.progress,
             reference=reference,
             outputs=self.tune > 0,
+            kind=kind,
         )
+
+    def _products(self) -> Products:
+        """The way that is asked for. Raises EnvironmentProblem for bf16 on a processor that only imitates it."""
+        if self.products != "bf16":
+            return "bf16" if self.products == "auto" and has_bf16() else "f32"
+        if not has_bf16():
+            raise EnvironmentProblem('this processor has no instructions for bfloat16; set products = "f32"')
+        return "bf16"
 
     def _block(self, visit: Visit, target: ModelGraph, progress: Progress) -> tuple[dict[str, Treated], dict[str, Any]]:
         """The tensors of a block that change, and what is worth knowing about the block."""

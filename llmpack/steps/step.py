@@ -65,6 +65,11 @@ class Step(Documented):
         return False
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages that compute for it, besides those that compute for all."""
+        return ()
+
+    @property
     def open_amount(self) -> str | None:
         """The option that asks for as much as the budget wants, if there is one."""
         return None

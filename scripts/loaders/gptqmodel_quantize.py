@@ -1,7 +1,8 @@
 """GPTQModel quantizes a model folder on the CPU, with its defaults; runs in its environment.
 
-``gptqmodel_quantize.py FOLDER OUT TOKENS.npy BITS GROUP SYMMETRIC THREADS``: tokens [N, T] are the calibration text,
-sequence by sequence. Tells seconds from loading to saving, and the kernel's mark of the peak, as a line of JSON.
+``gptqmodel_quantize.py FOLDER OUT TOKENS.npy CONFIG THREADS``: tokens [N, T] are the calibration text, sequence by
+sequence; CONFIG is JSON, options of its QuantizeConfig. Tells seconds from loading to saving, and the kernel's mark of
+the peak, as a line of JSON.
 """
 
 import json
@@ -14,10 +15,10 @@ import torch
 import torchvision_operators  # noqa: F401 (before GPTQModel)
 from gptqmodel import GPTQModel, QuantizeConfig
 
-folder, out, tokens, bits, group, symmetric, threads = sys.argv[1:]
+folder, out, tokens, config, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
 started = time.perf_counter()
-asked = QuantizeConfig(bits=int(bits), group_size=int(group), sym=symmetric == "True", device="cpu")
+asked = QuantizeConfig(device="cpu", **json.loads(config))
 model = GPTQModel.load(folder, asked)
 text = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in np.load(tokens)]
 model.quantize(text, batch_size=1)

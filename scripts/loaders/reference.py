@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llmpack.formats.gptq_words import dequantize
+from llmpack.encodings.gptq_words import dequantize
 from llmpack.formats.layout_bnb import BnbFp4, BnbNf4
 from llmpack.formats.written import WrittenTensors
 from llmpack.models import family_of

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.formats.facts import Facts
 from llmpack.formats.layout_bnb import BnbFp4, BnbNf4
@@ -37,6 +40,9 @@ GPTQ: dict[str, dict[str, Any]] = {
     "int3_row_asym": {"encoding": "int3_row_asym"},
     "int2_g32": {"encoding": "int2_g32"},
     "int2_g64_asym": {"encoding": "int2_g64_asym"},
+    "int4_g32_act": {"encoding": "int4_g32_act", "importance": True},
+    "int3_g64_act": {"encoding": "int3_g64_act", "importance": True},
+    "int4_g128_asym_act": {"encoding": "int4_g128_asym_act", "importance": True},
 }
 """Options of the step that rounds, by the name of the folder."""
 
@@ -64,7 +70,8 @@ def make(root: Path) -> list[Path]:
 def _rounded(source: Checkpoint, options: dict[str, Any], work: Path) -> Checkpoint:
     asked = {"use": "quantize.rtn", "importance": False, "embedding": "f16", **options}
     step = STEPS.load("quantize.rtn").model_validate_json(json.dumps(asked))
-    return step.run(source, open_model(source), Workbench(work / "out", work / "work", source, None, 0, 1))
+    text = Corpus.of(torch.randint(0, 512, (4, 64), generator=torch.Generator().manual_seed(0)))
+    return step.run(source, open_model(source), Workbench(work / "out", work / "work", source, text, 0, 1))
 
 
 def _written(checkpoint: Checkpoint, layout: Layout, folder: Path) -> Path:

@@ -12,7 +12,7 @@ from llmpack.encodings import ENCODINGS, encoding
 from llmpack.encodings.encoding import GridEncoding
 from llmpack.encodings.names import INT_NAMES
 
-INTS = {"int3_g64_asym"}  # zeros that vary; the symmetric ones are as q4_0
+INTS = {"int3_g64_asym", "int4_g32_act"}  # zeros that vary, groups of any columns; the other ones are as q4_0
 GRIDS = [
     name
     for name, kind in ENCODINGS.items()

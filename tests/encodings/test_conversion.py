@@ -6,15 +6,16 @@ import torch
 
 from llmpack.encodings import encoding
 from llmpack.encodings.conversion import as_blocks, block_encoding, is_exact
-from llmpack.encodings.names import INT_NAMES, int_options
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES, int_options
 from tests.encodings import oracle
 
 CONVERTIBLE = [name for name in INT_NAMES if block_encoding(name)]
 
 
 def test_which_convert():
-    assert {name for name in INT_NAMES if block_encoding(name)} == {
-        name for name in INT_NAMES if int_options(name)[0] == 4 or (int_options(name)[0] == 8 and int_options(name)[2])
+    of_neighbours = [int_options(name) for name in INT_NAMES if name not in ORDERED_NAMES]
+    assert {int_options(name) for name in CONVERTIBLE} == {
+        one for one in of_neighbours if one.bits == 4 or (one.bits == 8 and one.symmetric)
     }
     assert block_encoding("q4_0") is None
     assert block_encoding("int4_g64") == "q4_0"

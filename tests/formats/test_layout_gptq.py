@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llmpack.calibration.corpus import Corpus
 from llmpack.checkpoint.checkpoint import Checkpoint
-from llmpack.encodings.names import INT_NAMES, int_options
+from llmpack.encodings.names import INT_NAMES, ORDERED_NAMES, int_options
 from llmpack.errors import StepFailed
 from llmpack.formats.facts import Facts
 from llmpack.formats.layout_gptq import Gptq
@@ -18,7 +19,9 @@ from llmpack.steps import STEPS
 from llmpack.steps.step import Workbench
 
 NAMED = ("int4_g32", "int4_row", "int8_g64", "int2_g32_asym", "int3_row_asym", "int3_g128")
+ORDERED = ("int4_g32_act", "int3_g64_asym_act")
 FACTS = Facts("tiny", ())
+TEXT = Corpus.of(torch.randint(0, 512, (4, 64), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +37,12 @@ def rounded(source, tmp_path_factory):
     def factory(encoding, **options):
         key = json.dumps([encoding, options], sort_keys=True)
         if key not in made:
-            asked = {"use": "quantize.rtn", "importance": False, "embedding": "f16", "encoding": encoding, **options}
+            corpus = TEXT if encoding in ORDERED_NAMES else None
+            asked = {"use": "quantize.rtn", "embedding": "f16", "encoding": encoding}
+            asked |= {"importance": corpus is not None, **options}
             step = STEPS.load("quantize.rtn").model_validate_json(json.dumps(asked))
             folder = tmp_path_factory.mktemp("rounded")
-            bench = Workbench(folder / "out", folder / "work", source, None, 0, 1)
+            bench = Workbench(folder / "out", folder / "work", source, corpus, 0, 1)
             made[key] = step.run(source, open_model(source), bench)
         return made[key]
 
@@ -60,7 +65,7 @@ def written(checkpoint, folder, layout=None, **options):
 
 def slow_value(tensors, base, name, row, column):
     """One number of a matrix out of its words, bit by bit."""
-    bits, _, symmetric = int_options(name)
+    bits, _, symmetric, _ = int_options(name)
     group = int(tensors[f"{base}.g_idx"][column])
 
     def number(words, place):
@@ -75,7 +80,7 @@ def _bits(place, bits):
     return range(place * bits, (place + 1) * bits)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED + ORDERED)
 def test_the_folder_holds_the_numbers_of_the_checkpoint(name, rounded, tmp_path):
     checkpoint = rounded(name)
     graph, tensors = written(checkpoint, tmp_path / "folder")
@@ -92,19 +97,28 @@ def test_the_folder_holds_the_numbers_of_the_checkpoint(name, rounded, tmp_path)
         base = spec.name.removesuffix(".weight")
         for row, column in zip(rng.integers(0, spec.shape[0], 20), rng.integers(0, spec.shape[1], 20), strict=True):
             assert slow_value(tensors, base, name, row, column) == expected[row, column]
-        _, group, _ = int_options(name)
-        assert tensors[f"{base}.g_idx"].tolist() == [0 if group < 0 else i // group for i in range(spec.shape[1])]
+        _, group, _, act_order = int_options(name)
+        groups = [0 if group < 0 else i // group for i in range(spec.shape[1])]
+        assert (tensors[f"{base}.g_idx"].tolist() == groups) is not act_order
+        assert sorted(tensors[f"{base}.g_idx"].tolist()) == groups
 
 
-@pytest.mark.parametrize("name", ["int4_g128", "int3_row_asym"])
+def test_matrices_that_read_one_input_have_one_order(rounded, tmp_path):
+    graph, tensors = written(rounded("int4_g32_act"), tmp_path / "folder")
+    for specs in graph.input_groups(1).values():
+        orders = [tensors[spec.name.replace(".weight", ".g_idx")] for spec in specs]
+        assert all(torch.equal(one, orders[0]) for one in orders)
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int3_row_asym", "int4_g32_act"])
 def test_loaders_are_told_what_it_is(name, rounded, tmp_path):
-    bits, group, symmetric = int_options(name)
+    bits, group, symmetric, act_order = int_options(name)
     written(rounded(name), tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     told = json.loads((tmp_path / "folder" / "quantize_config.json").read_text())
     assert config["quantization_config"] == told
     assert config["torch_dtype"] == "float16"
-    assert (told["bits"], told["group_size"], told["sym"], told["desc_act"]) == (bits, group, symmetric, False)
+    assert (told["bits"], told["group_size"], told["sym"], told["desc_act"]) == (bits, group, symmetric, act_order)
     assert told["checkpoint_format"] == told["format"] == ("gptq" if symmetric else "gptq_v2")
     assert told["quant_method"] == "gptq"
     assert "dynamic" not in told
@@ -161,4 +175,4 @@ def test_rows_that_share_words_of_zeros_are_whole_runs(checkpoint_factory):
 
 
 def test_every_int_encoding_has_a_layout():
-    assert len(INT_NAMES) == 4 * 4 * 2
+    assert len(INT_NAMES) == 4 * 4 * 2 + 4 * 3 * 2

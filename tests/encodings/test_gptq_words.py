@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmpack.formats.gptq_words import dequantize, pack_words, pack_zeros, unpack_words, unpack_zeros
+from llmpack.encodings.gptq_words import dequantize, pack_words, pack_zeros, unpack_words, unpack_zeros
 
 
 def slow_words(column, bits):
