@@ -193,12 +193,14 @@ def _show_choices(plan: Plan) -> None:
 def show_memory(found: MemoryEstimate) -> None:
     """The terms of a memory estimate, their sum, how much of it is needed, and the other ways to load the model."""
     rows = [{"part": t.name, "size": format_size(t.nbytes), "why": t.why} for t in found.terms]
-    rows.append({"part": "in all", "size": format_size(found.total.value), "why": f'with load = "{found.load}"'})
+    mode = f'with load = "{found.load}"' if found.other_load else ""
+    rows.append({"part": "in all", "size": format_size(found.total.value), "why": mode})
     if found.hard < found.total.value:
         why = "the rest is mapped originals that nothing reads any more; the system may drop their pages"
         rows.append({"part": "thereof needed", "size": format_size(found.hard), "why": why})
     show_table(rows)
-    print("\n".join(found.advice))
+    for line in found.advice:
+        print(line)
 
 
 def _show_host_memory(memory: HostMemory) -> None:

@@ -16,6 +16,7 @@ from llmpack.formats.bundle import CONFIG, MANIFEST, Bundle, model_digest, name_
 from llmpack.models import family_of
 from llmpack.models.graph import ModelGraph
 from llmpack.target.outline import Outline
+from llmpack.target.transformers_memory import loader_of
 
 WEIGHTS = ".safetensors"
 ADAPTER = "adapter_config.json"
@@ -95,8 +96,12 @@ class ModelFolder:
 
     @property
     def outline(self) -> Outline:
-        """What is known about its memory and its speed."""
-        return Outline.of_config(self.config)
+        """What its memory follows from, if the family is known."""
+        try:
+            outline = Outline.of_graph(self.graph)
+        except InputRejected:
+            return Outline.of_config(self.config)
+        return outline.in_transformers(loader_of(self.config, sum(tensor.nbytes for tensor in self.tensors.values())))
 
     def rows(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
         """Name, shape, encoding and bytes of every tensor of the model, whatever it is stored as."""

@@ -15,6 +15,7 @@ from llmpack.models.graph import ModelGraph
 from llmpack.registry import suggestion
 from llmpack.runtime.settings import foreign_to_transformers
 from llmpack.target.outline import Outline
+from llmpack.target.transformers_memory import loader_of
 
 if TYPE_CHECKING:
     from llmpack.pipeline.recipe import BundleSection, Recipe
@@ -83,4 +84,7 @@ def require_layout(form: ModelFormat, graph: ModelGraph, document: TomlDocument)
 def outline_of(form: ModelFormat, graph: ModelGraph) -> Outline:
     """What memory and speed of the model on a device follow from, as far as that is known."""
     outline = Outline.of_graph(graph)
-    return outline if isinstance(form, GgufFormat) else outline.measured_alone()
+    if isinstance(form, SafetensorsFormat):
+        nbytes = sum(size for _, size in form.totals(graph).values())
+        return outline.in_transformers(loader_of(form.config(graph), nbytes))
+    return outline

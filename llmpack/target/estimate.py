@@ -17,16 +17,18 @@ from typing import Any
 
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target import memory_model as model
+from llmpack.target import transformers_memory
 from llmpack.target.budget import Evidence, Finding, LimitName
 from llmpack.target.device import Device
 from llmpack.target.memory_model import Interval, MemoryEstimate
-from llmpack.target.outline import Outline
+from llmpack.target.outline import NOT_ESTIMATED, SPEED_NOT_ESTIMATED, Outline
 from llmpack.target.speed_model import DECODE_ERROR, PREFILL_ERROR, Rates, decode_seconds, prefill_seconds
 
 USUAL_EFFICIENCY = 0.60
 """Share of the nominal bandwidth that decoding reaches on small ARM boards and x86 with one or two channels."""
 MEASURED_EFFICIENCY = 0.80
 """The same where the bandwidth is not nominal but was streamed on the machine itself."""
+LOAD_NOT_ESTIMATED = "the time to load is not estimated"
 SPEED_ERROR, ASSUMED_SPEED_ERROR = 0.20, 0.35
 """How wrong an estimate of speed may be where the device's efficiency was measured, and where it is assumed."""
 
@@ -107,12 +109,14 @@ class Estimate:
 def estimate(
     outline: Outline, settings: RuntimeSettings, device: Device, context: int, *, disk: int | None = None
 ) -> Estimate:
-    """The estimate of a model in GGUF on a device. Reads no tensor data and needs no torch.
+    """The estimate of a model on a device. Reads no tensor data and needs no torch.
 
-    outline  of the file as it stands (vectors in f32, every matrix in the encoding that is written)
+    outline  of the file as it stands (of GGUF: vectors in f32, every matrix in the encoding that is written)
     context  tokens, as declared by the budget
     disk     exact bytes of the bundle, where they are known
     """
+    if not outline.in_llama:
+        return _in_transformers(outline, settings, device, context, disk)
     sets = device.instruction_sets
     assumptions, missing = [], {}
     memory = None
@@ -133,7 +137,7 @@ def estimate(
     prefill, note = _prefill(outline, settings, device, context)
     if prefill is None:
         missing["prefill"] = missing["first_token"] = note
-    missing["load"] = "the time to load is not estimated"
+    missing["load"] = LOAD_NOT_ESTIMATED
     return Estimate(
         device=device,
         settings=settings,
@@ -145,6 +149,24 @@ def estimate(
         disk=disk,
         missing=missing,
         assumptions=tuple(assumptions),
+    )
+
+
+def _in_transformers(
+    outline: Outline, settings: RuntimeSettings, device: Device, context: int, disk: int | None
+) -> Estimate:
+    memory = transformers_memory.memory(outline, settings, context)
+    missing = dict.fromkeys(("decode", "prefill", "first_token"), SPEED_NOT_ESTIMATED)
+    return Estimate(
+        device=device,
+        settings=settings,
+        context=context,
+        memory=memory,
+        decode=None,
+        prefill=None,
+        first_token=None,
+        disk=disk,
+        missing=({} if memory else {"memory": NOT_ESTIMATED}) | missing | {"load": LOAD_NOT_ESTIMATED},
     )
 
 

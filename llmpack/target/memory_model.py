@@ -11,7 +11,7 @@ most 6 MiB, and 5 % of the term for most.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llmpack.runtime.settings import RuntimeSettings
@@ -78,7 +78,7 @@ class MemoryEstimate:
     total       their sum: what is resident at the peak, as `top` shows it
     hard        thereof bytes that cannot be taken back without slowing the model down: of a mapped file whose weights
                 were repacked nothing reads the originals any more, and the system may drop their pages
-    other_load  the other load mode, and the resident bytes with it
+    other_load  the other load mode, and the resident bytes with it; None where the runtime has no such choice
     caches      bytes of the KV cache by type, for the types that the settings could have
     """
 
@@ -86,12 +86,14 @@ class MemoryEstimate:
     terms: tuple[Term, ...]
     total: Interval
     hard: int
-    other_load: tuple[str, int]
-    caches: Mapping[str, int]
+    other_load: tuple[str, int] | None = None
+    caches: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What the other load mode and the other types of cache would take, and which mode to choose."""
+        if self.other_load is None:
+            return ()
         mode, nbytes = self.other_load
         saved = self.total.value - nbytes
         if self.load == "mmap" and saved > 0:
@@ -112,7 +114,7 @@ class MemoryEstimate:
             "load": self.load,
             "terms": [{"name": t.name, "bytes": t.nbytes, "why": t.why} for t in self.terms],
             "hard": self.hard,
-            "other_load": {"load": self.other_load[0], "value": self.other_load[1]},
+            "other_load": self.other_load and {"load": self.other_load[0], "value": self.other_load[1]},
             "caches": dict(self.caches),
         }
 

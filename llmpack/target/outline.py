@@ -27,7 +27,8 @@ _PARTS = {
     "attn_q": "attention.q", "attn_k": "attention.k", "attn_v": "attention.v", "attn_output": "attention.o",
     "attn_qkv": "attention.qkv", "ffn_gate": "ffn.gate", "ffn_up": "ffn.up", "ffn_down": "ffn.down",
 }  # fmt: skip
-NOT_ESTIMATED = "what transformers takes and gives is measured, not estimated"
+NOT_ESTIMATED = "what transformers takes and gives of such a model is measured, not estimated"
+SPEED_NOT_ESTIMATED = "the speed of transformers is measured, not estimated"
 _NAME = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<stem>.+?)(?P<suffix>\.weight|\.bias)?")
 _OTHER_MEMORY = ("ssm_", "attn_kv_a", "attn_kv_b", "time_mix", "shortconv", "indexer")
 """Stems of tensors of blocks that keep something else than keys and values: states, compressed keys."""
@@ -78,6 +79,20 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Loader:
+    """How transformers holds a model.
+
+    kernel  what runs the matrices of its blocks: a key of `transformers_memory.KERNELS`, or what nobody measured
+    floats  bytes of a number that it computes in
+    nbytes  of all tensors in the files
+    """
+
+    kernel: str
+    floats: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Outline:
     """The numbers of a model that its memory and its speed follow from.
 
@@ -88,6 +103,7 @@ class Outline:
     context       tokens that the model was trained for, None where the file does not say
     unmodelled    why memory cannot be estimated; empty where it can
     in_llama      whether llama.cpp runs it, so that its settings and its encodings are cures
+    loader        how transformers holds it, where that runs it and the sizes are known
     """
 
     architecture: str
@@ -102,6 +118,7 @@ class Outline:
     context: int | None
     unmodelled: str = ""
     in_llama: bool = True
+    loader: Loader | None = None
 
     @property
     def blocks(self) -> int:
@@ -129,9 +146,9 @@ class Outline:
             self, tensors=tuple(t if choose(t) == t.encoding else t.encoded(choose(t)) for t in self.tensors)
         )
 
-    def measured_alone(self) -> Outline:
-        """The same model in transformers, of whose memory and speed nothing is computed."""
-        return replace(self, kept=tuple(Kept(0) for _ in self.kept), unmodelled=NOT_ESTIMATED, in_llama=False)
+    def in_transformers(self, loader: Loader) -> Outline:
+        """The same model in transformers, of whose speed nothing is computed."""
+        return replace(self, unmodelled="", in_llama=False, loader=loader)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Outline:

@@ -69,13 +69,15 @@ def test_any_architecture_that_transformers_knows(check, folder):
     assert check(*LIMITS, "--budget", "context=256")[0] == 3  # beyond the 128 of its config
 
 
-def test_other_devices_and_headers_alone_prove_no_memory(check, folder, tmp_path):
+def test_other_devices_and_headers_alone_prove_no_speed_and_memory_by_estimate_alone(check, folder, tmp_path):
     for asked in (("--device", "raspberry-pi-5-8gb"), ("--estimate-only",)):
-        code, out, _ = check(*LIMITS, "--accept", "estimate", *asked, "--json")
+        assert rows(check(*LIMITS, *asked, "--json")[1])["memory"]["status"] == "UNMEASURED"
+        code, out, _ = check(*LIMITS, "--budget", "decode=1 tok/s", "--accept", "estimate", *asked, "--json")
         assert code == 4
-        assert rows(out)["disk"]["status"] == "PASS"
-        assert rows(out)["memory"]["status"] == "UNMEASURED"
-        assert "measured, not estimated" in rows(out)["memory"]["reason"]
+        assert rows(out)["disk"]["status"] == rows(out)["memory"]["status"] == "PASS"
+        assert rows(out)["memory"]["evidence"]["kind"] == "estimate"
+        assert rows(out)["decode"]["status"] == "UNMEASURED"
+        assert "measured, not estimated" in rows(out)["decode"]["reason"]
     change(folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert check("--budget", "disk=1 MB", "--budget", "context=64", "--estimate-only")[0] == 0
 

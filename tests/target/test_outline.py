@@ -15,7 +15,8 @@ from llmpack.target.cure import cures
 from llmpack.target.device import device
 from llmpack.target.estimate import estimate, touched_bytes
 from llmpack.target.memory_model import MEMORY_ERROR, UNVERIFIED_ERROR, cache_tokens
-from llmpack.target.outline import NOT_ESTIMATED, Outline
+from llmpack.target.outline import NOT_ESTIMATED, SPEED_NOT_ESTIMATED, Outline
+from llmpack.target.transformers_memory import loader_of
 
 PI = device("raspberry-pi-5-8gb")
 BLOCK = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "ffn_up": (128, 64)}
@@ -42,13 +43,20 @@ def write_file(path, arch, keys, tensors):
     return GgufFile.open(path)
 
 
-def test_nothing_is_computed_of_what_transformers_runs():
+def test_what_is_computed_of_transformers():
     config = config_of("llama")
-    outline = Outline.of_graph(family_of(config).graph(config)).measured_alone()
-    found = estimate(outline, RuntimeSettings(), PI, 64)
-    assert found.memory is found.decode is found.prefill is None
-    assert set(found.missing.values()) == {NOT_ESTIMATED, "the time to load is not estimated"}
-    assert cures(outline, RuntimeSettings(), PI, 64)("disk", 1) == ""
+    outline = Outline.of_graph(family_of(config).graph(config))
+    told = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    for changes, known in (({}, True), (told, False)):
+        inside = outline.in_transformers(loader_of({**config, **changes}, 1 << 20))
+        found = estimate(inside, RuntimeSettings(), PI, 64)
+        assert (found.memory is not None) is known
+        assert found.decode is found.prefill is None
+        unknown = {} if known else {"memory": NOT_ESTIMATED}
+        speed = dict.fromkeys(("decode", "prefill", "first_token"), SPEED_NOT_ESTIMATED)
+        assert found.missing == {**unknown, **speed, "load": "the time to load is not estimated"}
+        assert cures(inside, RuntimeSettings(), PI, 64)("disk", 1) == ""
+    assert estimate(Outline.of_config(config), RuntimeSettings(), PI, 64).missing["memory"] == NOT_ESTIMATED
 
 
 def stranger(path, *, arch="gpt9", blocks=2, keys=None, block=None, outside=None):

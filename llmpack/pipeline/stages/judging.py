@@ -98,7 +98,7 @@ def _notes(build: Build, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
             f"encodings were chosen by predicted KL divergence: {choice.predicted:.4g} for this mix, "
             f"{choice.more:.4g} with {format_size(MORE)} more (second-order model, not measured)"
         )
-    if build.plan.estimate.memory:
+    if build.plan.estimate.memory and build.plan.estimate.memory.other_load:
         load, nbytes = build.plan.estimate.memory.other_load
         notes.append(f'with load = "{load}" about {format_size(nbytes)} of memory (estimate)')
     return tuple(notes)
