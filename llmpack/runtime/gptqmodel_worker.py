@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from llmpack.runtime.conversation import RefusedError, Tell, serve
@@ -19,11 +20,14 @@ ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 def quantize(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
     """Round the folder `source` into the folder `out`; the versions of what did it.
 
+    Paths are absolute: it works in the folder of `out`, since GPTQModel leaves logs where it runs.
+
     tokens   file of numpy integers [sequences, length]: the calibration text
     config   options of GPTQModel's QuantizeConfig
     threads  compute threads
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.chdir(Path(arguments["out"]).parent)
     import numpy as np
     import torch
 

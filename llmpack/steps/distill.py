@@ -46,7 +46,6 @@ class Distill(Step):
 
     version: ClassVar[int] = 1
     trains: ClassVar[bool] = True
-    copies: ClassVar[int] = 5  # the state with the optimizer's moments, and the best numbers
 
     data: Literal["calibration", "self"] = "calibration"
     """What is learned from: calibration text, or text that the source writes, each sequence begun with the first words
@@ -91,6 +90,11 @@ class Distill(Step):
 
     checkpointing: bool = False
     """Compute what blocks keep for their gradients again, in place of keeping it: less memory, a third more time."""
+
+    @property
+    def copies(self) -> int:
+        """The state with the optimizer's moments, the best numbers, and the result."""
+        return 5
 
     @property
     def needs_corpus(self) -> bool:

@@ -55,7 +55,7 @@ def quantize(
     writer = CheckpointWriter(bench.folder, checkpoint)
     write_outside(writer, checkpoint, target, plain_encode, bench.progress)
     folder = bench.work / "gptqmodel"
-    if not folder.is_dir():
+    if not folder.is_dir():  # else a run that was killed had got beyond it
         _run(checkpoint, folder, config_of(target, damping, activation), bench)
     rounded = Folder(folder)
     for index in range(target.block_count):
@@ -90,6 +90,7 @@ def config_of(target: ModelGraph, damping: float, activation: bool) -> dict[str,
 def _run(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any], bench: Workbench) -> None:
     if bench.corpus is None:
         raise StepFailed("quantize.gptq learns from calibration text, and there is none; add [calibration]")
+    folder = folder.resolve()
     part, tokens = folder.with_suffix(".part"), folder.with_suffix(".npy")
     shutil.rmtree(part, ignore_errors=True)
     bench.work.mkdir(parents=True, exist_ok=True)

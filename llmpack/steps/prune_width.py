@@ -54,7 +54,6 @@ class PruneWidth(Step):
 
     version: ClassVar[int] = 2
     unkeyed: ClassVar[frozenset[str]] = frozenset({"on_dominated"})
-    copies: ClassVar[int] = 4
 
     ffn: Amount | None = None
     """Feed-forward channels that go: a number, a share (0.25), the parameters to get down to ("90M"), or "budget": as
@@ -85,6 +84,11 @@ class PruneWidth(Step):
 
     on_dominated: OnDominated = "say"
     """As of `prune.depth`."""
+
+    @property
+    def copies(self) -> int:
+        """The narrow model before and after compensation and healing, and the result."""
+        return 4
 
     @property
     def needs_corpus(self) -> bool:

@@ -114,6 +114,11 @@ class QuantizeGptq(Quantize):
         return True
 
     @property
+    def copies(self) -> int:
+        """GPTQModel's folder, from which codes are taken over, lies beside the result."""
+        return 2 if self.engine == "gptqmodel" else 1
+
+    @property
     def packages(self) -> tuple[str, ...]:
         """GPTQModel, where it is the engine."""
         return ("gptqmodel",) if self.engine == "gptqmodel" else ()

@@ -44,7 +44,6 @@ class Step(Documented):
     """One change to a model. A frozen object; its fields are its options in a recipe.
 
     version  raised when equal options would give other tensors
-    copies   how many times what it makes lies on disk while it works
     unkeyed  options that say what becomes of the result, not how it is made: no part of what it is found by
     trains   whether the result is a model of its own rather than the source in other numbers
     """
@@ -52,7 +51,6 @@ class Step(Documented):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: ClassVar[int] = 1
-    copies: ClassVar[int] = 1
     trains: ClassVar[bool] = False
     unkeyed: ClassVar[frozenset[str]] = frozenset()
 
@@ -63,6 +61,11 @@ class Step(Documented):
     def needs_corpus(self) -> bool:
         """Whether it learns from calibration text."""
         return False
+
+    @property
+    def copies(self) -> int:
+        """How many times what it makes lies on disk while it works."""
+        return 1
 
     @property
     def packages(self) -> tuple[str, ...]:
