@@ -2,8 +2,8 @@
 
 The demo's weights were decoded from a Q4_1 file, so they lie on a 4-bit grid already. `rescaled` multiplies channels by
 random factors and divides the matrices that read them by the same; `wide` adds to that hidden channels and a group of
-heads that are zero, up to a width that k-quants can store (a multiple of 256). What was added is free to remove, so
-these copies are for no bench of pruning.
+heads that are zero, up to a width that k-quants can store (a multiple of 256); `widened` does that alone. What was added
+is free to remove, so these copies are for no bench of pruning.
 """
 
 from __future__ import annotations
@@ -80,24 +80,26 @@ def widened_block(w: Weights, width: int, queries: int, keys: int) -> Weights:
 
 
 def make_copy(source: Checkpoint, kind: str, folder: Path) -> Checkpoint:
-    """The copy in `folder` ("rescaled" or "wide"), made unless it is there whole; its logits are checked."""
+    """The copy in `folder` ("rescaled", "wide" or "widened"), made unless it is there whole; its logits are checked."""
     config = dict(source.config)
     heads, groups, hidden = (config[k] for k in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     size, per = hidden // heads, heads // groups
-    width = -(-hidden // MULTIPLE) * MULTIPLE if kind == "wide" else hidden
+    wide = kind != "rescaled"
+    width = -(-hidden // MULTIPLE) * MULTIPLE if wide else hidden
     more = (width - hidden) // (per * size)
     if hidden + more * per * size != width:
         raise SystemExit(f"{hidden} channels cannot be widened to {width} by whole groups of {per} heads")
-    if kind == "wide":
+    if wide:
         config |= {"hidden_size": width, "num_attention_heads": heads + more * per}
         config |= {"num_key_value_heads": groups + more, "head_dim": size}
         config["rms_norm_eps"] = config["rms_norm_eps"] * hidden / width
 
-    def widen(w: Weights) -> Weights:
-        return widened_block(w, width, (heads + more * per) * size, (groups + more) * size) if kind == "wide" else w
+    def change(w: Weights, rng: torch.Generator) -> Weights:
+        scaled = w if kind == "widened" else rescaled_block(w, heads, groups, rng)
+        return widened_block(scaled, width, (heads + more * per) * size, (groups + more) * size) if wide else scaled
 
     writer = CheckpointWriter(folder, source, config)
-    _write(source, writer, lambda w, rng: widen(rescaled_block(w, heads, groups, rng)), width)
+    _write(source, writer, change, width)
     made = writer.finish()
     print(f"{kind} copy: logits differ by {_difference(source, made):.1e} of their size")
     return made
