@@ -2,8 +2,8 @@
 
 The demo's weights were decoded from a Q4_1 file, so they lie on a 4-bit grid already. `rescaled` multiplies channels by
 random factors and divides the matrices that read them by the same; `wide` adds to that hidden channels and a group of
-heads that are zero, up to a width that k-quants can store (a multiple of 256); `widened` does that alone. What was added
-is free to remove, so these copies are for no bench of pruning.
+heads that are zero, up to a width that k-quants can store (a multiple of 256); `widened` does that alone. What was
+added is free to remove, so these copies are for no bench of pruning.
 """
 
 from __future__ import annotations
