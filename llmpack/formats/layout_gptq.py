@@ -45,7 +45,8 @@ else:
 
 QUANTIZE_CONFIG = "quantize_config.json"
 FORMATS = {1: "gptq", 2: "gptq_v2"}
-"""``checkpoint_format`` by version. Optimum alone looks for it as ``format``."""
+"""``checkpoint_format`` by version. Optimum alone looks for it as ``format``, and takes ``act_group_aware``, which is
+about rounding, for true where it is not told."""
 
 STRIP = 1 << 22
 """Codes that become words at once."""
@@ -142,6 +143,7 @@ class Gptq(Layout):
             "sym": symmetric,
             "desc_act": act_order,
             "static_groups": not act_order,
+            "act_group_aware": False,
             "true_sequential": True,
             "lm_head": False,
             "checkpoint_format": version,
