@@ -45,6 +45,7 @@ KERNELS: Mapping[str, Kernel] = {
     "bitsandbytes": Kernel(436 * MIB, copied=0.5, unpacked=-3),
     "gptq": Kernel(600 * MIB, unpacked=40),
     "gptq-int4": Kernel(580 * MIB, copied=2.5),
+    "gptq-int8": Kernel(600 * MIB, copied=1.0, unpacked=40),
 }
 PER_TOKEN_OF_VOCABULARY = 800
 """Bytes that the tokenizer keeps for each token."""
@@ -61,8 +62,8 @@ def loader_of(config: Mapping[str, Any], nbytes: int) -> Loader:
     told = config.get("quantization_config")
     options = told if isinstance(told, Mapping) else {}
     kernel = method or "floats"
-    if kernel == "gptq" and options.get("bits") == 4:
-        kernel = "gptq-int4"
+    if kernel == "gptq" and options.get("bits") in (4, 8):
+        kernel = f"gptq-int{options['bits']}"
     if kernel == "bitsandbytes" and options.get("load_in_8bit"):
         kernel = "bitsandbytes-int8"
     floats = str(config.get("torch_dtype") or config.get("dtype") or "float32")

@@ -69,6 +69,7 @@ def test_the_terms():
     [
         (None, "floats"),
         ({"quant_method": "gptq", "bits": 4}, "gptq-int4"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq-int8"),
         ({"quant_method": "gptq", "bits": 3}, "gptq"),
         ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes-int8"),
