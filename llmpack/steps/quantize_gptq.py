@@ -91,7 +91,7 @@ class QuantizeGptq(Quantize):
     tune_rate: float = Field(default=1e-3, gt=0, le=0.1)
     """Learning rate of the first of these steps, as a share of a scale; it falls to 0 along a line."""
 
-    products: Literal["auto", "f32", "bf16"] = "auto"
+    products: Literal["auto", "f32", "bf16"] = "f32"
     """How matrices are multiplied while calibration text runs through a block: in float32, or with operands rounded to
     bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster."""
 
