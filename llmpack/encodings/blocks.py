@@ -84,15 +84,6 @@ class BlockwiseEncoding(GridEncoding):
             packed[run] = self.round(values[run], self._fit(values[run], weights)).pack()
         return packed
 
-    def decode(self, packed: np.ndarray, columns: int) -> Tensor:
-        """[rows, columns] float32 of packed rows."""
-        rows = tiles.packed_matrix(packed, self, columns)
-        values = torch.empty(rows.shape[0], columns)
-        for run in tiles.runs(rows.shape[0], columns, tiles.SLAB):
-            codes, grid = self.unpack(rows[run], columns)
-            values[run] = grid.levels().decode(codes)
-        return values
-
     def refit(self, codes: Tensor, grid: Grid, W: Tensor, H: Tensor) -> Grid:
         """Scales that lower ``tr((W - Q) H (W - Q)^T)`` with the codes held; no row gets worse."""
         own = self._own(codes, grid)

@@ -7,8 +7,8 @@
     int4, asymmetric     q4_1   ``scale * (code - zero)`` becomes ``scale * code + minimum``, the minimum in float16
 
 Other widths have no block of GGUF with their levels, and columns in activation order are no neighbours, as those of a
-block are. Rounding them again is a second quantization, which loses more
-than quantizing the source to that encoding; so it is not offered.
+block are. Rounding them again is a second quantization, which loses more than quantizing the source to that encoding;
+so it is not offered.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmpack.encodings.steps import lookup
-from llmpack.encodings.tiles import SLAB, runs
+from llmpack.encodings.tiles import SLAB, packed_matrix, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -274,6 +274,10 @@ class GridEncoding(Encoding):
         return self.round(W, self.fit(W, importance)).pack()
 
     def decode(self, packed: np.ndarray, columns: int) -> Tensor:
-        """[rows, columns] float32 of packed rows."""
-        codes, grid = self.unpack(packed, columns)
-        return grid.levels().decode(codes)
+        """[rows, columns] float32 of packed rows, some at a time."""
+        rows = packed_matrix(packed, self, columns)
+        values = torch.empty(rows.shape[0], columns)
+        for run in runs(rows.shape[0], columns, SLAB):
+            codes, grid = self.unpack(rows[run], columns)
+            values[run] = grid.levels().decode(codes)
+        return values

@@ -117,14 +117,6 @@ class OrderedIntGroups(GridEncoding):
             packed[run] = self.round(values[run], self._fit(values[run], weights, order)).pack()
         return packed
 
-    def decode(self, packed: np.ndarray, columns: int) -> Tensor:
-        """[rows, columns] float32 of packed rows."""
-        rows = tiles.packed_matrix(packed, self, columns)
-        values = torch.empty(rows.shape[0], columns)
-        for run in tiles.runs(rows.shape[0], columns, tiles.SLAB):
-            values[run] = super().decode(rows[run], columns)
-        return values
-
     def refit(self, codes: Tensor, grid: Grid, W: Tensor, H: Tensor) -> Grid:
         """Scales that lower ``tr((W - Q) H (W - Q)^T)`` with codes and groups held; no row gets worse."""
         own = self._own(grid)

@@ -44,7 +44,7 @@ def quantize(arguments: Mapping[str, Any], tell: Tell) -> dict[str, Any]:
         model.save(arguments["out"])
     except MemoryError:
         raise
-    except Exception as fault:
+    except Exception as fault:  # whatever it complains of is the answer
         raise RefusedError(f"{type(fault).__name__}: {fault}") from fault
     return {"versions": {name: metadata.version(name) for name in ("gptqmodel", "transformers", "torch")}}
 

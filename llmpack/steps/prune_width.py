@@ -87,7 +87,7 @@ class PruneWidth(Step):
 
     @property
     def copies(self) -> int:
-        """The narrow model before and after compensation and healing, and the result."""
+        """Without hidden channels, narrow, narrow without what makes up for it, and the result."""
         return 4
 
     @property

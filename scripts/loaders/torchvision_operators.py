@@ -1,11 +1,12 @@
-"""Declares the operators without which torchvision does not import beside a torch for CPUs.
+"""To be imported before GPTQModel: makes torchvision importable beside a torch for CPUs.
 
-GPTQModel 7.0.0 imports torchvision for one vision model. The wheel of the package index is built for CUDA: beside a
-torch for CPUs its library does not load, and the import stops at two operators that the library would have defined.
+The environments of loaders have no llmpack; the module that does it needs nothing but torch.
 """
 
-import torch
+import sys
+from pathlib import Path
 
-LIBRARY = torch.library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"):
-    LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+sys.path.append(str(Path(__file__).parents[2]))
+from llmpack.torchvision_operators import declare_operators
+
+declare_operators()

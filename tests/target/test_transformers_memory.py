@@ -1,5 +1,7 @@
 """The memory of transformers as estimated, against what a process really takes; shapes that nothing was fitted on."""
 
+from dataclasses import replace
+
 import pytest
 
 from llmpack.checkpoint.checkpoint import Checkpoint
@@ -62,6 +64,12 @@ def test_the_terms():
     assert terms(outline_of("gptq"))["unpacked matrix"] == 40 * largest
     assert terms(outline_of("gptq-int4"))["repacked weights"] == int(2.5 * linear)
     assert memory(outline_of("awq"), RuntimeSettings(), 64) is None
+
+
+def test_the_matrix_of_all_scores_is_not_estimated():
+    outline = outline_of("floats")
+    assert memory(outline, RuntimeSettings(), 64) is not None
+    assert memory(replace(outline, architecture="gemma2"), RuntimeSettings(), 64) is None
 
 
 @pytest.mark.parametrize(
