@@ -23,8 +23,9 @@ from llmpack.target.memory_model import Interval, MemoryEstimate, Term
 from llmpack.target.outline import Loader, Outline
 
 MIB = 1 << 20
-ERROR = 0.10
-"""How wrong the estimate may be, as a share."""
+ERROR, PROGRAMS_ERROR = 0.10, 0.25
+"""How wrong the estimate may be, as a share, of what the model adds and of the programs: how many pages of a library
+are resident depends on what the system has in its cache, and just after they were written it was 75 MiB more."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def memory(outline: Outline, settings: RuntimeSettings, context: int) -> MemoryE
     )
     kept = tuple(term for term in terms if term.nbytes)
     total = sum(term.nbytes for term in kept)
-    return MemoryEstimate("auto", kept, Interval.around(total, ERROR), total)
+    margin = ERROR * (total - kernel.programs) + PROGRAMS_ERROR * kernel.programs
+    return MemoryEstimate("auto", kept, Interval(total - margin, total, total + margin), total)
 
 
 def _attention(outline: Outline, floats: int, context: int) -> int:

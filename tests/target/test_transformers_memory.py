@@ -14,7 +14,7 @@ from llmpack.pipeline.model_folder import ModelFolder
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.runtime.transformers_runtime import TransformersRuntime
 from llmpack.target.outline import Loader, Outline
-from llmpack.target.transformers_memory import ERROR, loader_of, memory
+from llmpack.target.transformers_memory import ERROR, PROGRAMS_ERROR, loader_of, memory
 from tests.conftest import TINY
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 5, "num_attention_heads": 12}
@@ -27,19 +27,36 @@ SHAPE |= {"head_dim": 64, "max_position_embeddings": 4096}
     ids=["f32", "bf16, a key for every head", "nf4"],
 )
 def test_the_estimate_is_near_what_is_taken(layout, kv_heads, context, checkpoint_factory, tmp_path):
-    checkpoint = Checkpoint.open(checkpoint_factory(**SHAPE, num_key_value_heads=kv_heads))
-    form, folder, settings = SafetensorsFormat(layout), tmp_path / "folder", RuntimeSettings(threads=1)
-    folder.mkdir()
-    form.write(checkpoint, form.encode_graph(open_model(checkpoint)), folder, Facts("tiny", ()))
+    """What a model adds, to a process that had next to nothing of one before: its libraries are as the system has
+    them, which is another thing on another day."""
+    large = Checkpoint.open(checkpoint_factory(**SHAPE, num_key_value_heads=kv_heads))
+    small = Checkpoint.open(checkpoint_factory())
+    folder, settings = written(large, layout, tmp_path / "large"), RuntimeSettings(threads=1)
     found = memory(ModelFolder.found(folder).outline, settings, context)
     with TransformersRuntime() as runtime:
-        runtime.open(folder, settings, context)
-        runtime.time_prefill([(7 * i) % 500 for i in range(context - 16)])
-        runtime.time_decode([5] * 8)
-        taken = runtime.memory()
-    assert found.total.value == pytest.approx(taken.peak, rel=ERROR), (found.to_json(), taken)
+        programs = peak(runtime, written(small, layout, tmp_path / "small"), settings, 64)
+        whole = peak(runtime, folder, settings, context)
+    expected = next(term.nbytes for term in found.terms if term.name == "programs")
+    assert programs == pytest.approx(expected, rel=PROGRAMS_ERROR)
+    assert whole - programs == pytest.approx(found.total.value - expected, abs=ERROR * whole), found.to_json()
     assert sum(term.nbytes for term in found.terms) == found.total.value == found.hard
+    assert found.total.low < whole < found.total.high
     assert found.advice == ()
+
+
+def written(checkpoint, layout, folder):
+    form = SafetensorsFormat(layout)
+    folder.mkdir()
+    form.write(checkpoint, form.encode_graph(open_model(checkpoint)), folder, Facts("tiny", ()))
+    return folder
+
+
+def peak(runtime, folder, settings, context):
+    """Of the process so far, when a prompt of the whole context was read and some tokens were written."""
+    runtime.open(folder, settings, context)
+    runtime.time_prefill([(7 * i) % 500 for i in range(context - 16)])
+    runtime.time_decode([5] * 8)
+    return runtime.memory().peak
 
 
 def outline_of(kernel, floats=2, **config):
