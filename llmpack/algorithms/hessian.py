@@ -85,7 +85,7 @@ class HessianSum:
     def _finish(self, start: int, stop: int) -> None:
         """Divide the rows of some columns, and mirror them."""
         rows = self._sum[start:stop, start:].div_(self.tokens)
-        if not bool(torch.isfinite(rows).all()):
+        if not _finite(rows):
             raise NumericalError(
                 f"inputs of this layer were not finite within {self.tokens} calibration tokens; "
                 "the blocks before it overflow: run the forward pass in float32"
@@ -128,9 +128,14 @@ class CrossSum:
             self._sum.div_(self.tokens)
             self._whole = True
         for rows in torch.split(self._sum, TILE):
-            if not bool(torch.isfinite(rows).all()):
+            if not _finite(rows):
                 raise NumericalError(f"inputs of this layer were not finite within {self.tokens} calibration tokens")
         return self._sum
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all numbers are finite; a NaN is both ends of what it is in. Makes no matrix of answers."""
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,7 @@ class QuantizeGptq(Quantize):
         own, drift = (gathered.own, gathered.drift) if isinstance(gathered, Moments) else (gathered, None)
         H = own.mean()
         del own, gathered
+        give_back_memory()  # what follows is the most that a block takes
         importance = torch.diagonal(H).clone()
         factor = self._factor(H, visit.index, specs, progress)
         weights, strengths = self._weights(visit, specs, drift, factor)
@@ -262,6 +263,7 @@ class QuantizeGptq(Quantize):
                 continue
             grids = _fit(some, importance, kind)
             rounded = _nearest(some, grids, kind, H) if factor is None else _round(some, grids, kind, factor)
+            give_back_memory()
             for spec, W, one in zip(chosen, some, rounded, strict=True):
                 best, won = (one, {}) if factor is None or not self.refine else self._better(W, H, one, factor, unseen)
                 with phase("pack", numbers=spec.parameters):

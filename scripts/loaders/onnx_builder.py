@@ -16,7 +16,8 @@ import torch
 from answers import main
 
 BUILDER = "onnxruntime_genai.models.builder"
-OPTIONS = ("--extra_options", "nodes_to_exclude=/lm_head/MatMul", "op_types_to_quantize=MatMul", "accuracy_level=1")
+IN_FLOATS = "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+OPTIONS = ("--extra_options", IN_FLOATS, "accuracy_level=1")
 
 
 class OnnxModel:
