@@ -174,7 +174,7 @@ def show_plan(build: Build) -> None:
     _show_host_memory(plan.host_memory)
     for need in plan.disk_needs:
         print(f"disk for {need.what}: {format_size(need.needed)} of {format_size(need.free)} free in {need.folder}")
-    for note in dict.fromkeys(note for look in plan.outlooks for note in look.estimate.assumptions):
+    for note in dict.fromkeys([*plan.twice, *(note for look in plan.outlooks for note in look.estimate.assumptions)]):
         print(f"note: {note}")
     if plan.verdict.rows:
         names = ", ".join(verdict.device for verdict in plan.verdicts)

@@ -8,7 +8,7 @@
 
 Other widths have no block of GGUF with their levels, and columns in activation order are no neighbours, as those of a
 block are. Rounding them again is a second quantization, which loses more than quantizing the source to that encoding;
-so it is not offered.
+so only a step that is told so does it (`requantize`).
 """
 
 from __future__ import annotations

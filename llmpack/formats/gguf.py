@@ -106,7 +106,9 @@ class GgufFormat:
             twice = twice if without & set(INT_NAMES) else ""
             twice += ", whose blocks are of neighbouring columns" if without & set(ORDERED_NAMES) else ""
             told = f"a GGUF file cannot hold tensors {'; '.join(listed)}{twice}"
-            raise StepFailed(f"{told}; choose another encoding in the step that quantizes, or another format")
+            cure = "choose another encoding in the step that quantizes, or another format"
+            cure += ", or round again in a step with requantize = true" if without & set(INT_NAMES) else ""
+            raise StepFailed(f"{told}; {cure}")
         return graph.with_encodings(self._encoding_in_file)
 
     def _encoding_in_file(self, spec: TensorSpec) -> str:

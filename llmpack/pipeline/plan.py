@@ -7,7 +7,7 @@ bytes the last one takes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from llmpack.pipeline.output import ModelFormat, file_format, outline_of, requir
 from llmpack.pipeline.recipe import Recipe
 from llmpack.pipeline.toml_positions import Key, TomlDocument, dotted
 from llmpack.runtime.settings import usable_cores
+from llmpack.steps.quantize import Quantize
 from llmpack.steps.quantize_auto import QuantizeAuto
 from llmpack.target.budget import Verdict, judge
 from llmpack.target.cure import cures
@@ -73,6 +74,7 @@ class Plan:
     outlooks  one for each device of the recipe; `device`, `estimate` and `verdict` are those of the first
     host_memory  what the steps take of this machine while they build
     alternative  to what steps prune, where any do
+    twice        what is rounded a second time, in words
     """
 
     outlooks: tuple[Outlook, ...]
@@ -87,6 +89,7 @@ class Plan:
     threads: int
     host_memory: HostMemory
     alternative: Alternative | None = None
+    twice: tuple[str, ...] = ()
 
     @property
     def device(self) -> Device:
@@ -141,6 +144,7 @@ class Plan:
                 for s in self.steps
             ],
             "choices": [choice.document() for choice in self.choices if choice.scored],
+            "second_quantizations": list(self.twice),
             "host_memory": self.host_memory.document(),
             "alternative": self.alternative.document() if self.alternative is not None else None,
             "estimates": [look.estimate.to_json() for look in self.outlooks],
@@ -200,7 +204,15 @@ def make_plan(
         threads=threads,
         host_memory=needs,
         alternative=alternative,
+        twice=tuple(words for planned, graph in zip(steps, before, strict=True) for words in _twice(planned, graph)),
     )
+
+
+def _twice(planned: PlannedStep, graph: ModelGraph) -> Iterator[str]:
+    """What of a graph the step rounds a second time."""
+    if isinstance(planned.step, Quantize):
+        for (first, second), count in planned.step.rounded_again(graph).items():
+            yield f"{planned.step.use}: a second quantization of {count} matrices, {first} to {second}"
 
 
 def _outlook(recipe: Recipe, outline: Outline, chosen: Device, disk: int) -> Outlook:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
@@ -52,6 +53,12 @@ class Quantize(Step):
     exceptions: Annotated[dict[str, EncodingName], AfterValidator(_readable)] = Field(default_factory=dict)
     """Other encodings for some parts: `"attention.v" = "q8_0"`, or in some blocks `"ffn.down@0-3,29" = "q6_k"`."""
 
+    requantize: bool = False
+    """Decode what an earlier step has quantized, and round it a second time: that loses more than quantizing the source
+    to this encoding. Without it the plan refuses."""
+
+    unkeyed: ClassVar[frozenset[str]] = frozenset({"requantize"})
+
     @property
     def selections(self) -> tuple[tuple[Selection, str], ...]:
         """The exceptions, those without blocks first: one that names blocks has the last word."""
@@ -78,6 +85,18 @@ class Quantize(Step):
         if problems:
             raise RecipeError(problems)
         return graph.with_encodings(self.encoding_for)
+
+    def rounded_again(self, graph: ModelGraph) -> Counter[tuple[str, str]]:
+        """How many matrices of a graph are quantized already and will be once more: from which encoding, to which.
+
+        Those outside the blocks stay as they are where that is what is asked.
+        """
+        pairs = [(spec, self.encoding_for(spec)) for spec in graph.tensors if self._treats(spec)]
+        return Counter(
+            (spec.encoding, name)
+            for spec, name in pairs
+            if not {spec.encoding, name} & set(FLOATS) and (spec.encoding != name or spec.block is not None)
+        )
 
     def encoding_problem(self, name: str) -> str | None:
         """Why this step cannot make tensors of an encoding, or None."""
@@ -109,15 +128,18 @@ class Quantize(Step):
                     problems.append(Problem(message, f'exceptions."{other.text}"'))
         return problems
 
+    def _treats(self, spec: TensorSpec) -> bool:
+        return spec.is_linear or spec.part in ("embedding", "output")
+
     def _tensor_problems(self, graph: ModelGraph) -> list[Problem]:
         groups: dict[tuple[str, str], list[TensorSpec]] = {}
         for spec in graph.tensors:
-            if spec.is_linear or spec.part in ("embedding", "output"):
+            if self._treats(spec):
                 name = self.encoding_for(spec)
                 problem = (
                     self.encoding_problem(name)
                     or ENCODINGS.load(name)().problem(spec.shape[-1])
-                    or _stored_problem(spec)
+                    or (None if self.requantize else _stored_problem(spec))
                 )
                 if problem:
                     groups.setdefault((problem, name), []).append(spec)
@@ -127,7 +149,10 @@ class Quantize(Step):
 def _stored_problem(spec: TensorSpec) -> str | None:
     if spec.encoding in FLOATS:
         return None
-    return f"stored as {spec.encoding} already; rounding twice loses more than it saves, remove one of the steps"
+    return (
+        f"stored as {spec.encoding} already; rounding twice loses more than it saves: remove one of the steps, "
+        "or set requantize = true"
+    )
 
 
 def _problem(text: str, name: str, specs: list[TensorSpec]) -> Problem:

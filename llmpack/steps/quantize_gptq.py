@@ -49,7 +49,7 @@ else:
 
     torch = LazyModule("torch")
 
-NATIVE = {"correction", "refine", "tune", "tune_rate", "products", "on_failure"}
+NATIVE = {"correction", "refine", "tune", "tune_rate", "products", "on_failure", "requantize"}
 """Options that GPTQModel does not have."""
 
 

@@ -44,7 +44,7 @@ class Step(Documented):
     """One change to a model. A frozen object; its fields are its options in a recipe.
 
     version  raised when equal options would give other tensors
-    unkeyed  options that say what becomes of the result, not how it is made: no part of what it is found by
+    unkeyed  options that say what is allowed or becomes of the result, not how it is made: it is found without them
     trains   whether the result is a model of its own rather than the source in other numbers
     """
 

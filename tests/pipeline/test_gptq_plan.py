@@ -81,3 +81,18 @@ def test_a_gguf_of_int_groups_holds_their_codes_or_is_refused(order, encoding, p
     else:
         graph = plan_bundle(asked).plan.graph
         assert {spec.encoding for spec in graph.tensors if spec.is_linear} == {planned}
+
+
+def test_a_second_quantization_is_planned_where_it_is_asked_for_and_told(order):
+    asked = order("int3_g32", "bundle.format=gguf")
+    text = asked.recipe.read_text().replace('layout = "gptq"\n', "")
+    again = '[[step]]\nuse = "quantize.rtn"\nencoding = "q4_0"\nembedding = "f16"\n'
+    asked.recipe.write_text(text.replace("[bundle]", f"{again}\n[bundle]"))
+    with pytest.raises(RecipeError, match="set requantize = true"):
+        plan_bundle(asked)
+    asked.recipe.write_text(text.replace("[bundle]", f"{again}requantize = true\n\n[bundle]"))
+    planned = plan_bundle(asked).plan
+    assert {spec.encoding for spec in planned.graph.tensors if spec.is_linear} == {"q4_0"}
+    (words,) = planned.twice
+    assert words == "quantize.rtn: a second quantization of 14 matrices, int3_g32 to q4_0"
+    assert planned.document()["second_quantizations"] == [words]

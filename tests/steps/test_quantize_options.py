@@ -138,6 +138,23 @@ def test_nothing_is_rounded_twice():
     once = step().preview(graph_of())
     (problem, *_) = problems_of({}, graph=once)
     assert "already" in problem
+    assert "requantize = true" in problem
+
+
+def test_a_step_that_is_told_rounds_twice_and_counts_what():
+    once = step(encoding="int3_g32").preview(graph_of())
+    again = step(encoding="q4_0", exceptions={"attention.v": "f16"}, requantize=True)
+    twice = again.preview(once)
+    linear = [spec for spec in twice.tensors if spec.is_linear]
+    assert {spec.encoding for spec in linear} == {"q4_0", "f16"}
+    count = sum(spec.encoding == "q4_0" for spec in linear)
+    assert again.rounded_again(once) == {("int3_g32", "q4_0"): count}  # the embedding stays as it is, in q8_0
+    assert not again.rounded_again(graph_of())
+
+
+def test_gptqmodel_does_not_round_twice():
+    with pytest.raises(ValidationError, match="GPTQModel has no requantize"):
+        step(engine="gptqmodel", encoding="int4_g32", requantize=True)
 
 
 def test_llamacpp_rounds_to_types_of_gguf_only():

@@ -355,3 +355,17 @@ def test_gptq_packs_what_it_decoded(results, graph):
             kind = encoding(result.tensors[spec.name].encoding)
             codes, grid = kind.unpack(result.packed(spec.name), spec.shape[1])
             assert np.array_equal(kind.pack(codes, grid), result.packed(spec.name))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_second_rounding_starts_from_the_numbers_of_the_first(name, checkpoint, graph, tmp_path):
+    first = step("quantize.rtn", encoding="int3_g32", importance=False)
+    coarse = first.run(checkpoint, graph, bench(tmp_path / "first", checkpoint, None))
+    again = step(name, encoding="q8_0", requantize=True)
+    found = again.run(coarse, open_model(coarse), bench(tmp_path / "second", coarse, corpus_of(1)))
+    for spec in open_model(found).tensors:
+        if spec.is_linear:
+            assert spec.encoding == "q8_0"
+            before, after = coarse.read(spec.name), found.read(spec.name)
+            assert float((after - before).norm() / before.norm()) < 0.01, spec.name
+            assert float((after - checkpoint.read(spec.name).float()).norm() / before.norm()) > 0.05, spec.name

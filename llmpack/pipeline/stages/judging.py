@@ -88,6 +88,7 @@ def _notes(build: Build, verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     if build.origin.dequantized:
         kinds = ", ".join(f"{count} tensors of {name}" for name, count in build.origin.dequantized.items())
         notes.append(f"the source was quantized already ({kinds}); what that lost is not counted here")
+    notes += build.plan.twice
     guessed = [verdict.device for verdict in verdicts if verdict.on_estimates]
     if guessed:
         notes.append(f"some limits pass on an estimate alone: nothing was measured on {', '.join(guessed)}")
