@@ -7,11 +7,8 @@ import sys
 from functools import cache
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-"""Numbers of glibc's malloc.h."""
-
-LARGE = 32 << 20
-"""Bytes from which on a piece is mapped by itself: the most that glibc takes there by its own choice."""
+M_ARENA_MAX = -8
+"""The number of glibc's malloc.h."""
 
 
 @cache
@@ -41,15 +38,3 @@ def share_heap() -> None:
     library = _library()
     if library is not None:
         library.mallopt(M_ARENA_MAX, 1)
-
-
-def keep_freed_memory() -> None:
-    """Let the heap keep what is freed until `give_back_memory`, from now on (glibc only).
-
-    glibc would return the top of the heap whenever some MiB of it are free, and the kernel would clear the same pages
-    again for the next activations: half the time of elementwise operations on them.
-    """
-    library = _library()
-    if library is not None:
-        library.mallopt(M_MMAP_THRESHOLD, LARGE)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

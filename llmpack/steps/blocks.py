@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpack.allocator import give_back_memory, keep_freed_memory
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.checkpoint.journal import shard_notes
 from llmpack.checkpoint.tensors import Packed, decode
@@ -50,15 +49,13 @@ class Treated:
 
 @contextmanager
 def compute_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads; the order of its sums follows from them. Freed memory is at hand meanwhile."""
+    """Let torch use `count` threads; the order of its sums follows from them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
-    keep_freed_memory()
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        give_back_memory()
 
 
 def shard_name(block: int | None) -> str:

