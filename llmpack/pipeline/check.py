@@ -19,7 +19,7 @@ from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.packed import Packed, given
 from llmpack.pipeline.terms import Terms, placed, read_terms
 from llmpack.pipeline.toml_positions import TomlDocument
-from llmpack.runtime.settings import foreign_to_transformers
+from llmpack.runtime.settings import foreign_to_llama, foreign_to_transformers
 from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, judge
 from llmpack.target.cure import cures
 from llmpack.target.device import HOST, Device, device
@@ -147,9 +147,9 @@ def _devices(names: Sequence[str], terms: Terms, packed: Packed, document: TomlD
     """The devices of these names. Raises RecipeError with everything that is wrong about them and the budget."""
     found: list[Device] = []
     problems: list[Problem] = []
-    if not packed.outline.in_llama:
-        wrong = foreign_to_transformers(terms.runtime)
-        problems += [placed(replace(problem, path=f"runtime.{problem.path}"), document) for problem in wrong]
+    foreign = foreign_to_llama if packed.outline.in_llama else foreign_to_transformers
+    for problem in foreign(terms.runtime):
+        problems.append(placed(replace(problem, path=f"runtime.{problem.path}"), document))
     for name in dict.fromkeys(names):
         try:
             found.append(device(name))
@@ -211,7 +211,7 @@ def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device)
     if finding.limit == "disk":
         return False  # looked at again, since that costs nothing
     if finding.limit not in MEASURED_LIMITS:
-        return _same_settings(finding, terms, ("kv", "flash_attention", "batch", "ubatch"))
+        return _same_settings(finding, terms, ("kv", "flash_attention", "batch", "ubatch", "processor"))
     if not _same_run(finding, terms) or finding.evidence.device != chosen.fingerprint:
         return False
     from llmpack.pipeline.keys import installed
@@ -223,13 +223,13 @@ def _still_holds(finding: Finding, packed: Packed, terms: Terms, chosen: Device)
 
 
 def _same_settings(finding: Finding, terms: Terms, names: Sequence[str]) -> bool:
-    then, now = finding.evidence.settings, terms.runtime.model_dump(mode="json")
+    then, now = {"processor": "cpu", **finding.evidence.settings}, terms.runtime.model_dump(mode="json")
     return all(then.get(name) == now[name] for name in names)
 
 
 def _same_run(finding: Finding, terms: Terms) -> bool:
     """Whether a figure of speed or memory was found under the settings and the context that are asked about."""
-    names = ["kv", "flash_attention", "batch", "ubatch", "load"]
+    names = ["kv", "flash_attention", "batch", "ubatch", "load", "processor"]
     if terms.runtime.threads is not None:
         names.append("threads")
     return _same_settings(finding, terms, names) and finding.evidence.settings.get("context") == terms.budget.context

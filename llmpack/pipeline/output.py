@@ -13,7 +13,8 @@ from llmpack.formats.layouts import LAYOUTS, Layout
 from llmpack.formats.safetensors_folder import SHARD_BYTES, SafetensorsFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.registry import suggestion
-from llmpack.runtime.settings import foreign_to_transformers
+from llmpack.runtime.settings import foreign_to_llama, foreign_to_transformers
+from llmpack.runtime.transformers_runtime import require_processor
 from llmpack.target.outline import Outline
 from llmpack.target.transformers_memory import loader_of
 
@@ -57,6 +58,7 @@ def output_problems(recipe: Recipe, document: TomlDocument) -> list[Problem]:
         for name in ("layout", "shard", *LAYOUT_OPTIONS):
             if getattr(section, name) is not None:
                 found.append((("bundle", name), f'{name} belongs to format = "safetensors"; set it, or leave this out'))
+        found += [(("runtime", problem.path), problem.message) for problem in foreign_to_llama(recipe.runtime)]
         return [document.problem(key, text) for key, text in found]
     kind = LAYOUTS.load(section.layout or "plain")
     has = {field.name for field in fields(kind)}
@@ -71,14 +73,16 @@ def output_problems(recipe: Recipe, document: TomlDocument) -> list[Problem]:
     return [document.problem(key, text) for key, text in found]
 
 
-def require_layout(form: ModelFormat, graph: ModelGraph, document: TomlDocument) -> None:
-    """Raises RecipeError for options that mean nothing in this model, MissingExtra for what the bundle needs."""
+def require_layout(form: ModelFormat, graph: ModelGraph, recipe: Recipe, document: TomlDocument) -> None:
+    """Raises RecipeError for options that mean nothing in this model, MissingExtra for what the bundle needs, and
+    EnvironmentProblem where no GPU computes that should."""
     if isinstance(form, SafetensorsFormat):
         problems = form.layout.option_problems(graph)
         if problems:
             raise RecipeError([document.problem(("bundle", problem.path), problem.message) for problem in problems])
         form.layout.require()
         form.layout.require_loader()
+        require_processor(recipe.runtime)
 
 
 def outline_of(form: ModelFormat, graph: ModelGraph) -> Outline:

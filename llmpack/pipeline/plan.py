@@ -173,7 +173,7 @@ def make_plan(
     known = Known(origin.known_digest(cache), corpus, seed_of(recipe), threads)
     steps = follow(recipe, document, origin.graph, known, setting, cache)
     last = steps[-1].graph if steps else origin.graph
-    require_layout(form, last, document)
+    require_layout(form, last, recipe, document)
     try:
         graph = form.encode_graph(last)
     except StepFailed as error:

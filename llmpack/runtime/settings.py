@@ -36,6 +36,10 @@ class RuntimeSettings(Documented):
     load: Literal["auto", "mmap", "no-mmap"] = "auto"
     """Map the file or read it into memory. Weights repacked for the processor stand in memory twice if mapped."""
 
+    processor: Literal["cpu", "cuda"] = "cpu"
+    """What computes. cuda: the first GPU that torch finds by CUDA, for safetensors folders alone; what is taken of its
+    memory counts in addition to that of the process."""
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.ubatch > self.batch:
@@ -60,6 +64,14 @@ def foreign_to_transformers(settings: RuntimeSettings) -> list[Problem]:
     text = "is a setting of llama.cpp; a safetensors folder runs in transformers, leave it out"
     changed = [name for name in LLAMA_ALONE if getattr(settings, name) != getattr(usual, name)]
     return [Problem(f"{name} {text}", name) for name in changed]
+
+
+def foreign_to_llama(settings: RuntimeSettings) -> list[Problem]:
+    """Settings that llama.cpp, which runs GGUF files, is not asked for; `path` names the key."""
+    if settings.processor == "cpu":
+        return []
+    text = f'processor = "{settings.processor}" is for safetensors folders; llama.cpp computes on the CPU, leave it out'
+    return [Problem(text, "processor")]
 
 
 def usable_cores() -> int:

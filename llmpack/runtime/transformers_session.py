@@ -38,7 +38,7 @@ class TransformersSession:
         trained = getattr(self._text, "max_position_embeddings", None)
         if context is not None and trained is not None and context > trained:
             raise RefusedError(f"a context of {context} is beyond the {trained} that the model was trained for")
-        self._model: Any = None if context is None else _loaded(path)
+        self._model: Any = None if context is None else _loaded(path, settings["processor"])
         self._cache: Any = None
         self._next: Tensor | None = None  # logits after what is in the cache, [V]
 
@@ -46,7 +46,7 @@ class TransformersSession:
         """What `Opened` holds, but for time and memory."""
         config, text, tokenizer, model = self._config, self._text, self._tokenizer, self._model
         kind = str(getattr(config, "model_type", "model"))
-        weights = {} if model is None else {"model.CPU": int(model.get_memory_footprint())}
+        weights = {} if model is None else {f"model.{model.device.type.upper()}": int(model.get_memory_footprint())}
         return {
             "description": kind if model is None else f"{kind} {str(model.dtype).removeprefix('torch.')}",
             "load": _load_mode(),
@@ -106,6 +106,8 @@ class TransformersSession:
             kept = 0 if every else 1
             out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=kept)
             self._next = out.logits[0, -1]
+            if self._next.is_cuda:
+                torch.cuda.synchronize()  # a GPU answers before it has computed
             yield out.logits[0]
 
     def logits(self, tokens: Sequence[int], file: str, tell: Tell) -> None:
@@ -160,11 +162,14 @@ class TransformersSession:
                 pass
 
 
-def _loaded(path: str) -> Any:
-    """The model, with every weight that it needs and no other."""
-    model, report = _refusing(
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, output_loading_info=True)
-    )
+def _loaded(path: str, processor: str) -> Any:
+    """The model, with every weight that it needs and no other, where it is to compute."""
+    told: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    if processor == "cuda":
+        if not torch.cuda.is_available():
+            raise RefusedError(f"torch {torch.__version__} finds no GPU by CUDA here")
+        told["device_map"] = {"": "cuda:0"}
+    model, report = _refusing(lambda: transformers.AutoModelForCausalLM.from_pretrained(path, **told))
     wrong = {kind: sorted(map(str, names)) for kind, names in report.items() if names and kind.endswith("_keys")}
     if wrong:
         text = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ LIBRARIES = ("transformers", "torch", "tokenizers", "safetensors", "accelerate",
 class TransformersWorker(Base):
     """The operations of transformers."""
 
+    _gpu = False
+
     def info(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Versions of the libraries, and what the interpreter took before them."""
         return {"libraries": dict(_versions()), "bare_memory": self._bare}
@@ -38,13 +40,23 @@ class TransformersWorker(Base):
         """Load a model in place of the one before."""
         self.close(arguments, tell)
         started = time.perf_counter()
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are those of the processor, on machines with a GPU too
+        if arguments["settings"]["processor"] == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # figures are those of the processor, on machines with a GPU too
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # kernels of GPTQModel compute the same without, minutes sooner
         from llmpack.runtime.transformers_session import TransformersSession
 
         self._session = TransformersSession(arguments["path"], arguments["settings"], arguments["context"])
         seconds = time.perf_counter() - started
-        return {**self._session.facts(), "seconds": seconds, "memory": asdict(read_memory())}
+        self._gpu = arguments["settings"]["processor"] == "cuda"
+        return {**self._session.facts(), "seconds": seconds, "memory": self.memory(arguments, tell)}
+
+    def memory(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
+        """The memory of this process, and of a GPU that computes for it."""
+        seen = read_memory()
+        if self._gpu:
+            peak, now = _on_gpu()
+            seen = replace(seen, peak=seen.peak + peak, resident=seen.resident + now)
+        return asdict(seen)
 
     def close(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Unload the model, if there is one."""
@@ -85,6 +97,18 @@ class TransformersWorker(Base):
     def decode(self, arguments: Arguments, tell: Tell) -> dict[str, Any]:
         """Time tokens one at a time after what is in the cache; they do not stay in it."""
         return {"nanoseconds": self._opened().timed_decode(arguments["tokens"])}
+
+
+def _on_gpu() -> tuple[int, int]:
+    """The most that was taken of the GPU, and what is now: what torch reserves there, and all that it does not know of.
+
+    The latter is the driver's context of this process, which has no mark of its own, and whatever other programs hold.
+    """
+    import torch
+
+    free, whole = torch.cuda.mem_get_info()
+    beside = whole - free - torch.cuda.memory_reserved()
+    return beside + torch.cuda.max_memory_reserved(), whole - free
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -173,8 +173,8 @@ class QuantizeGptq(Quantize):
             write_outside(writer, checkpoint, target, plain_encode, bench.progress)
             if not all_blocks_finished(writer, graph):
                 for visit in self._visits(checkpoint, graph, bench, writer):
-                    treated, tuned = self._block(visit, target, bench.progress)
-                    write_block(writer, checkpoint, target, visit.index, treated, tuned)
+                    # a name for the rounded block would keep it beside the next one
+                    write_block(writer, checkpoint, target, visit.index, *self._block(visit, target, bench.progress))
         return writer.finish()
 
     def _visits(

@@ -239,9 +239,9 @@ def measure(
     device = probe_host()
     before = load_average()
     cached = _still_cached(model)
-    reserved = None
-    if model.is_file():
-        reserved = reserved_bytes(Outline.of_gguf(GgufFile.open(model)), settings, context)
+    reserved = reserved_bytes(Outline.of_gguf(GgufFile.open(model)), settings, context) if model.is_file() else None
+    if settings.processor != "cpu":
+        cap = None  # no cap counts memory of a GPU, and CUDA reserves more addresses than any limit allows
     cpus = pinned_cpus(max(device.cores or 1, settings.effective_threads))
     try:
         with held(runtime_for(model), cap, cpus, reserved) as run:

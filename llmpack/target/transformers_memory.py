@@ -79,7 +79,7 @@ def loader_of(config: Mapping[str, Any], nbytes: int) -> Loader:
 def memory(outline: Outline, settings: RuntimeSettings, context: int) -> MemoryEstimate | None:
     """What a model takes in transformers; None where what runs it, or how it attends, was never measured."""
     loader = outline.loader
-    if loader is None or loader.kernel not in KERNELS or outline.architecture in EAGER:
+    if settings.processor != "cpu" or loader is None or loader.kernel not in KERNELS or outline.architecture in EAGER:
         return None
     kernel, floats = KERNELS[loader.kernel], loader.floats
     linear = [tensor.parameters for tensor in outline.tensors if tensor.is_linear]

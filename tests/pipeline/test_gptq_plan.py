@@ -3,9 +3,10 @@
 import importlib.util
 
 import pytest
+import torch
 from small_recipe import RECIPE
 
-from llmpack.errors import MissingExtra, RecipeError
+from llmpack.errors import EnvironmentProblem, MissingExtra, RecipeError
 from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.planning import plan_bundle
 from llmpack.pipeline.state import Order
@@ -96,3 +97,18 @@ def test_a_second_quantization_is_planned_where_it_is_asked_for_and_told(order):
     (words,) = planned.twice
     assert words == "quantize.rtn: a second quantization of 14 matrices, int3_g32 to q4_0"
     assert planned.document()["second_quantizations"] == [words]
+
+
+def test_a_gpu_is_for_folders_and_has_to_be_there(order):
+    asked = order("int4_g32", 'runtime.processor="cuda"', "bundle.format=gguf")
+    text = asked.recipe.read_text()
+    asked.recipe.write_text(text.replace('layout = "gptq"\n', ""))
+    with pytest.raises(RecipeError, match="is for safetensors folders"):
+        plan_bundle(asked)
+
+
+@pytest.mark.usefixtures("loaders")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_by_the_plan(order):
+    with pytest.raises(EnvironmentProblem, match="finds no GPU by CUDA"):
+        plan_bundle(order("int4_g32", 'runtime.processor="cuda"'))

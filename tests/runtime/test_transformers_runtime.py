@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 
-from llmpack.errors import MissingExtra, RuntimeFailed
+from llmpack.errors import EnvironmentProblem, MissingExtra, RuntimeFailed
 from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.runners import runtime_for
 from llmpack.runtime.settings import RuntimeSettings
-from llmpack.runtime.transformers_runtime import TransformersRuntime
+from llmpack.runtime.transformers_runtime import TransformersRuntime, require_processor
 
 SETTINGS = RuntimeSettings(threads=1, batch=16, ubatch=16)
 CONTEXT = 64
@@ -138,3 +138,27 @@ def test_kernels_that_are_not_installed_are_told_before_anything_loads(runtime, 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gptqmodel" else find(name))
     with pytest.raises(MissingExtra, match="gptqmodel"):
         runtime.open(tmp_path, SETTINGS, CONTEXT)
+
+
+ON_GPU = RuntimeSettings(threads=1, batch=16, ubatch=16, processor="cuda")
+GPU = torch.cuda.is_available()
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_and_while_a_model_opens(folder):
+    with pytest.raises(EnvironmentProblem, match=r"finds no GPU by CUDA; leave out runtime\.processor") as refused:
+        require_processor(ON_GPU)
+    assert refused.value.exit_code == 6
+    with TransformersRuntime() as runtime, pytest.raises(RuntimeFailed, match="finds no GPU") as failed:
+        runtime.open(folder, ON_GPU, CONTEXT)
+    assert failed.value.kind == "refused"
+
+
+@pytest.mark.skipif(not GPU, reason="there is no GPU")
+def test_a_gpu_computes_the_same_and_its_memory_counts(folder, runtime):
+    with TransformersRuntime() as other:
+        opened = other.open(folder, ON_GPU, CONTEXT)
+        assert set(opened.buffers) == {"model.CUDA"}
+        np.testing.assert_allclose(other.logits(TOKENS), runtime.logits(TOKENS), rtol=1e-3, atol=1e-3)
+        seen = other.memory()
+    assert seen.peak > opened.buffers["model.CUDA"]
