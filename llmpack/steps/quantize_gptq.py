@@ -94,7 +94,7 @@ class QuantizeGptq(Quantize):
     products: Literal["auto", "f32", "bf16"] = "auto"
     """How matrices are multiplied while calibration text runs through a block: in float32, or with operands rounded to
     bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster; the
-    divergence of the result was the same (0.0826 nats either way, demo model in int4_g64)."""
+    divergence of the result was the same (demo model: 0.0826 nats both in int4_g64, 0.0464 and 0.0465 in iq4_nl)."""
 
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
