@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from llmpack.encodings import tiles
 from llmpack.encodings.steps import lookup
-from llmpack.encodings.tiles import SLAB, packed_matrix, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,7 +176,7 @@ class Quantized:
     def decode(self) -> Tensor:
         """[rows, columns] float32, exactly what the runtime will see."""
         values = torch.empty(self.codes.shape, device=self.codes.device)
-        for run in runs(self.codes.shape[0], self.codes.shape[1], SLAB):
+        for run in tiles.runs(self.codes.shape[0], self.codes.shape[1], tiles.SLAB):
             values[run] = self.grid.select_rows(run).levels().decode(self.codes[run].to(torch.int32))
         return values
 
@@ -275,9 +275,9 @@ class GridEncoding(Encoding):
 
     def decode(self, packed: np.ndarray, columns: int) -> Tensor:
         """[rows, columns] float32 of packed rows, some at a time."""
-        rows = packed_matrix(packed, self, columns)
+        rows = tiles.packed_matrix(packed, self, columns)
         values = torch.empty(rows.shape[0], columns)
-        for run in runs(rows.shape[0], columns, SLAB):
+        for run in tiles.runs(rows.shape[0], columns, tiles.SLAB):
             codes, grid = self.unpack(rows[run], columns)
             values[run] = grid.levels().decode(codes)
         return values

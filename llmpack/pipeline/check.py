@@ -20,6 +20,7 @@ from llmpack.pipeline.packed import Packed, given
 from llmpack.pipeline.terms import Terms, placed, read_terms
 from llmpack.pipeline.toml_positions import TomlDocument
 from llmpack.runtime.settings import foreign_to_llama, foreign_to_transformers
+from llmpack.runtime.transformers_runtime import require_processor
 from llmpack.target.budget import MEASURED_LIMITS, Evidence, Finding, Verdict, judge
 from llmpack.target.cure import cures
 from llmpack.target.device import HOST, Device, device
@@ -202,6 +203,7 @@ def _measured(
     if there is not None:
         found = there.measurement(subject, context, cache, cap, protocol)
     else:
+        require_processor(terms.runtime)
         found = measurement(subject, chosen, context, cache, cap=cap, protocol=protocol)
     return [finding for finding in found.findings if finding.limit in wanted]
 

@@ -14,7 +14,6 @@ from llmpack.formats.safetensors_folder import SHARD_BYTES, SafetensorsFormat
 from llmpack.models.graph import ModelGraph
 from llmpack.registry import suggestion
 from llmpack.runtime.settings import foreign_to_llama, foreign_to_transformers
-from llmpack.runtime.transformers_runtime import require_processor
 from llmpack.target.outline import Outline
 from llmpack.target.transformers_memory import loader_of
 
@@ -73,16 +72,14 @@ def output_problems(recipe: Recipe, document: TomlDocument) -> list[Problem]:
     return [document.problem(key, text) for key, text in found]
 
 
-def require_layout(form: ModelFormat, graph: ModelGraph, recipe: Recipe, document: TomlDocument) -> None:
-    """Raises RecipeError for options that mean nothing in this model, MissingExtra for what the bundle needs, and
-    EnvironmentProblem where no GPU computes that should."""
+def require_layout(form: ModelFormat, graph: ModelGraph, document: TomlDocument) -> None:
+    """Raises RecipeError for options that mean nothing in this model, MissingExtra for what the bundle needs."""
     if isinstance(form, SafetensorsFormat):
         problems = form.layout.option_problems(graph)
         if problems:
             raise RecipeError([document.problem(("bundle", problem.path), problem.message) for problem in problems])
         form.layout.require()
         form.layout.require_loader()
-        require_processor(recipe.runtime)
 
 
 def outline_of(form: ModelFormat, graph: ModelGraph) -> Outline:

@@ -27,6 +27,7 @@ from llmpack.pipeline.output import ModelFormat, file_format, outline_of, requir
 from llmpack.pipeline.recipe import Recipe
 from llmpack.pipeline.toml_positions import Key, TomlDocument, dotted
 from llmpack.runtime.settings import usable_cores
+from llmpack.runtime.transformers_runtime import require_processor
 from llmpack.steps.quantize import Quantize
 from llmpack.steps.quantize_auto import QuantizeAuto
 from llmpack.target.budget import Verdict, judge
@@ -161,7 +162,7 @@ def make_plan(
     """Fold a recipe over the graph of its source.
 
     Raises RecipeError with everything that cannot work: encodings that do not fit, a context beyond the model's, a
-    step that needs more memory than the recipe allows.
+    step that needs more memory than the recipe allows. MissingExtra and EnvironmentProblem for what this machine lacks.
     """
     devices = _devices(recipe, document)
     form = file_format(recipe.bundle)
@@ -173,7 +174,8 @@ def make_plan(
     known = Known(origin.known_digest(cache), corpus, seed_of(recipe), threads)
     steps = follow(recipe, document, origin.graph, known, setting, cache)
     last = steps[-1].graph if steps else origin.graph
-    require_layout(form, last, recipe, document)
+    require_layout(form, last, document)
+    require_processor(recipe.runtime)
     try:
         graph = form.encode_graph(last)
     except StepFailed as error:

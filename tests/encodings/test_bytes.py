@@ -65,7 +65,10 @@ def test_decode_works_in_runs_of_rows(name, monkeypatch):
     kind, packed = encoding(name), oracle.random_bytes(name, rows=7)
     whole = kind.decode(packed, 512)
     monkeypatch.setattr("llmpack.encodings.tiles.SLAB", 1024)
+    runs, unpack = [], kind.unpack
+    monkeypatch.setattr(type(kind), "unpack", lambda _, rows, columns: runs.append(len(rows)) or unpack(rows, columns))
     same_bits(kind.decode(packed, 512), whole)
+    assert runs == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("name", oracle.GRIDS)
