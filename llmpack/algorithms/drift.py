@@ -65,6 +65,12 @@ class DriftSum:
             self._sum.add(moved[fitted], x[fitted])
         return fitted
 
+    def to(self, device: torch.device | str) -> DriftSum:
+        """This sum and the sequences kept out, moved to a device."""
+        self._sum = self._sum.to(device)
+        self._held = [(moved.to(device), now.to(device)) for moved, now in self._held]
+        return self
+
     def moved(self) -> Tensor:
         """``E[(r - x) x^T]`` [columns, columns] float32 over the sequences of the fit; NumericalError without any."""
         return self._sum.mean()

@@ -68,6 +68,11 @@ class HessianSum:
             stop = min(start + TILE, self.columns)
             self._sum[start:stop, start:].add_(rows[:, start:stop].T @ rows[:, start:])
 
+    def to(self, device: torch.device | str) -> HessianSum:
+        """This sum, moved to a device."""
+        self._sum = self._sum.to(device)
+        return self
+
     def mean(self) -> Tensor:
         """``H = E[x x^T]`` [columns, columns] float32, exactly symmetric.
 
@@ -119,6 +124,11 @@ class CrossSum:
                     stop = min(start + TILE, self.rows)
                     self._sum[start:stop].add_(left[:, start:stop].T @ right)
         self.tokens += x.shape[0]
+
+    def to(self, device: torch.device | str) -> CrossSum:
+        """This sum, moved to a device."""
+        self._sum = self._sum.to(device)
+        return self
 
     def mean(self) -> Tensor:
         """``E[r x^T]`` [rows, columns] float32, in place of the sum. NumericalError as of `HessianSum.mean`."""

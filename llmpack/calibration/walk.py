@@ -59,6 +59,10 @@ class Moments:
     own: HessianSum
     drift: DriftSum
 
+    def to(self, device: torch.device | str) -> Moments:
+        """These sums, moved to a device."""
+        return Moments(self.own.to(device), self.drift.to(device))
+
 
 class Visit:
     """One block, while the walk stands at it.
@@ -135,7 +139,7 @@ class Visit:
         with products(self._kind), self._watched({n: total.add for n, total in sums.items()}, enough=not keep):
             self._run(keep=keep)
         give_back_memory()
-        return sums
+        return {name: total.to("cpu") for name, total in sums.items()}
 
     def moments(self, inputs: Collection[str] | None = None) -> dict[str, Moments]:
         """Second moments of each input, and those between it and the reference's, but for sequences that decide later.
@@ -164,7 +168,7 @@ class Visit:
         with products(self._kind), self._watched({name: partial(seen.__setitem__, name) for name in sums}):
             self._write_reference(both())
         give_back_memory()
-        return sums
+        return {name: one.to("cpu") for name, one in sums.items()}
 
     def _widths(self, inputs: Collection[str] | None) -> dict[str, int]:
         groups = self._forward.graph.input_groups(self.index)
@@ -337,6 +341,8 @@ def walk(
     work       a folder for activations, of this step with these options alone; made if needed
     start      0, or what `resume_point` gives
     dtype      in which blocks run (float32); activations are kept as float32
+    device     where a block runs and its inputs are summed; what a visit gives and takes is on the processor, but for
+               `Visit.parameter` and `Visit.run`
     observe    nothing will be replaced: the pass that gathers `Visit.hessians` also makes the next block's inputs
     reference  carry the unchanged model beside, for `Visit.moments`
     outputs    with a reference: its outputs are for `Visit.pairs`, those of the last block too

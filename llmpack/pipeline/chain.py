@@ -22,7 +22,7 @@ from llmpack.pipeline.scoring import find_scores, score_facts
 from llmpack.pipeline.toml_override import key_of
 from llmpack.pipeline.toml_positions import TomlDocument
 from llmpack.steps.quantize_auto import QuantizeAuto
-from llmpack.steps.step import Step
+from llmpack.steps.step import Processor, Step
 
 STEP = "step"
 
@@ -70,6 +70,7 @@ class Known:
     corpus: str | None
     seed: int
     threads: int
+    processor: Processor = "cpu"
 
 
 def follow(
@@ -119,6 +120,7 @@ def _next(
         seed=known.seed,
         graph=graph_after,
         threads=known.threads,
+        processor=known.processor,
     )
     entry = cache.find(STEP, facts)
     state: State = "cached" if entry is not None else "unfinished" if cache.unfinished(STEP, facts) else "to do"

@@ -17,7 +17,8 @@ from llmpack.calibration import ranks
 from llmpack.encodings import ENCODINGS
 from llmpack.models import FAMILIES
 from llmpack.models.graph import ModelGraph
-from llmpack.steps.step import Step
+from llmpack.pipeline.gpu import gpu_class
+from llmpack.steps.step import Processor, Step
 
 ARITHMETIC = ("torch", "transformers", "numpy", "llama-cpp-python")
 """Packages whose version may change the last bit of a result."""
@@ -61,9 +62,13 @@ def instruction_sets() -> tuple[str, ...]:
     return ()
 
 
-def platform_class(threads: int) -> dict[str, Any]:
-    """Machines of one class give the same bytes: architecture, instruction sets, threads, versions of packages."""
+def platform_class(threads: int, processor: Processor = "cpu") -> dict[str, Any]:
+    """Machines of one class give the same bytes: architecture, instruction sets, threads, versions of packages.
+
+    processor  what runs the blocks; a GPU is part of the class where it does
+    """
     return {
+        **({} if processor == "cpu" else {"gpu": gpu_class()}),
         "machine": platform.machine(),
         "instructions": list(instruction_sets()),
         "threads": threads,
@@ -72,7 +77,15 @@ def platform_class(threads: int) -> dict[str, Any]:
 
 
 def step_facts(
-    step: Step, *, source: str, origin: str, corpus: str | None, seed: int, graph: ModelGraph, threads: int
+    step: Step,
+    *,
+    source: str,
+    origin: str,
+    corpus: str | None,
+    seed: int,
+    graph: ModelGraph,
+    threads: int,
+    processor: Processor = "cpu",
 ) -> dict[str, Any]:
     """Everything that the checkpoint which a step writes depends on.
 
@@ -96,7 +109,7 @@ def step_facts(
         "seed": seed,
         "family": {"name": graph.family, "version": FAMILIES.load(graph.family).version},
         "encodings": {name: ENCODINGS.load(name).version for name in names},
-        "platform": platform_class(threads),
+        "platform": platform_class(threads, processor if step.walks else "cpu"),
     }
 
 

@@ -123,7 +123,7 @@ def made(build: Build) -> dict[str, Any]:
             "bits_per_weight": planned.bits_per_weight,
             "encodings": {name: {"tensors": n, "bytes": b} for name, (n, b) in planned.totals.items()},
         },
-        "platform": platform_class(planned.threads),
+        "platform": platform_class(planned.threads, build.recipe.build.processor),
         "versions": {"llmpack": __version__, "python": platform.python_version(), **_versions()},
     }
 

@@ -20,6 +20,7 @@ from llmpack.pipeline.cache import Cache
 from llmpack.pipeline.chain import Known, PlannedStep, follow, placed
 from llmpack.pipeline.choosing import Choice
 from llmpack.pipeline.corpora import Text
+from llmpack.pipeline.gpu import require_gpu
 from llmpack.pipeline.host_memory import HostMemory, host_memory, memory_problem
 from llmpack.pipeline.limits import FileSize, Setting
 from llmpack.pipeline.origin import Origin
@@ -171,7 +172,7 @@ def make_plan(
     setting = Setting(recipe.budget, recipe.runtime, tuple(devices), form, size, small)
     threads = recipe.build.threads or usable_cores()
     corpus = calibration.known_digest(cache) if calibration else None
-    known = Known(origin.known_digest(cache), corpus, seed_of(recipe), threads)
+    known = Known(origin.known_digest(cache), corpus, seed_of(recipe), threads, recipe.build.processor)
     steps = follow(recipe, document, origin.graph, known, setting, cache)
     last = steps[-1].graph if steps else origin.graph
     require_layout(form, last, document)
@@ -192,6 +193,7 @@ def make_plan(
     needs = host_memory(recipe, before, [planned.step for planned in steps], to_do)
     if (problem := memory_problem(needs, recipe, document)) is not None:
         raise RecipeError([problem])
+    require_gpu(recipe.build.processor, [moment for step in needs.steps for moment in step.moments])
     alternative = alternative_to(recipe, origin.graph, steps, nbytes, known, setting, cache)
     return Plan(
         outlooks=tuple(_outlook(recipe, outline, chosen, disk) for chosen in devices),

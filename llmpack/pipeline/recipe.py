@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, ValidationError
 
 from llmpack.errors import Problem, RecipeError
+from llmpack.pipeline.gpu import gpu_problems
 from llmpack.pipeline.output import LayoutName, output_problems
 from llmpack.pipeline.recipe_errors import problems_of
 from llmpack.pipeline.sections import Section, TargetSection, Text
@@ -21,7 +22,7 @@ from llmpack.pipeline.toml_positions import TomlDocument, read_toml
 from llmpack.registry import suggestion
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.steps import STEPS
-from llmpack.steps.step import Step
+from llmpack.steps.step import Processor, Step
 from llmpack.target.budget import Budget
 from llmpack.target.quantities import Size
 
@@ -92,6 +93,9 @@ class BuildSection(Section):
     Default: what the machine has free."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """Threads of the steps; part of what makes builds equal byte for byte. Default: the cores of this machine."""
+    processor: Processor = "cpu"
+    """What runs the blocks of the steps that read text block by block, and sums their inputs; rounding is done on the
+    processor. cuda: the first GPU that torch finds, which then is part of what makes builds equal byte for byte."""
 
 
 class Recipe(Section):
@@ -165,7 +169,7 @@ def _steps(document: TomlDocument, tables: Any) -> tuple[list[Step], list[Proble
 
 def _contradictions(recipe: Recipe, document: TomlDocument) -> list[Problem]:
     """Sections that are each right and do not fit together."""
-    problems = output_problems(recipe, document)
+    problems = [*output_problems(recipe, document), *gpu_problems(recipe.build.processor, recipe.step, document)]
     for index, step in enumerate(recipe.step):
         if step.needs_corpus and recipe.calibration is None:
             message = f"{step.use} needs text to learn from; add a [calibration] section"

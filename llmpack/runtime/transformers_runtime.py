@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llmpack.checkpoint.config_intake import quantization_method
 from llmpack.checkpoint.strict_json import parse_json
-from llmpack.errors import EnvironmentProblem, MissingExtra, RuntimeFailed
+from llmpack.errors import MissingExtra, RuntimeFailed
+from llmpack.gpu import torch_with_gpu
 from llmpack.runtime.meter import Memory
 from llmpack.runtime.runtime import Build, Runtime
 from llmpack.runtime.settings import RuntimeSettings
@@ -21,12 +22,7 @@ KERNELS = {"bitsandbytes": ("bitsandbytes", "nf4"), "gptq": ("gptqmodel", "gptq"
 def require_processor(settings: RuntimeSettings) -> None:
     """Raises EnvironmentProblem where a GPU is asked for and torch, imported for that alone, finds none."""
     if settings.processor == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise EnvironmentProblem(
-                f"torch {torch.__version__} finds no GPU by CUDA; leave out runtime.processor, or use a torch that does"
-            )
+        torch_with_gpu("runtime.processor")
 
 
 @dataclass(frozen=True)

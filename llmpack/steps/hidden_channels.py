@@ -92,8 +92,16 @@ class HiddenCut:
         return writer.finish()
 
     def _visits(self, name: str, start: int) -> Iterable[Visit]:
-        work, progress = self.bench.work / name, self.bench.progress
-        return walk(self.checkpoint, self.graph, self.corpus, work=work, start=start, progress=progress, observe=True)
+        return walk(
+            self.checkpoint,
+            self.graph,
+            self.corpus,
+            work=self.bench.work / name,
+            start=start,
+            progress=self.bench.progress,
+            device=self.bench.processor,
+            observe=True,
+        )
 
     def _weight(self, name: str) -> Tensor:
         values = self.checkpoint.read(name).to(torch.float32)

@@ -32,6 +32,9 @@ SEARCH = 44
 KEPT_WIDTHS, KEPT_INNER_WIDTHS = 20, 7
 """The same while gradients pass through a block."""
 
+BASE_PART = "programs and libraries"
+RUNNING = "running a block and summing its inputs"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -120,7 +123,7 @@ def _kinds(graph: ModelGraph) -> list[int]:
 
 
 def _base() -> Part:
-    return Part("programs and libraries", BASE)
+    return Part(BASE_PART, BASE)
 
 
 def _outside(target: ModelGraph) -> int:
@@ -147,7 +150,7 @@ def _block_moments(graph: ModelGraph, target: ModelGraph, index: int, batch: Bat
     product = 4 * TILE * max(widths.values())
     beside = Part("the same batch of both models", 8 * batch.tokens * sum(widths.values()) if walk.reference else 0)
     gathered = Part("second moments of its inputs", sum(kept.values()) + product)
-    yield Moment("running a block and summing its inputs", (*fixed, gathered, running, beside))
+    yield Moment(RUNNING, (*fixed, gathered, running, beside))
     left, rounded = sum(kept.values()) if walk.factored else 0, 0
     for name, specs in groups.items():
         left -= kept[name] if walk.factored else 0

@@ -207,7 +207,8 @@ class PruneWidth(Step):
         if not all_blocks_finished(writer, graph):
             start = resume_point(checkpoint, graph, learn, work=work)
             require_blocks(writer, start)
-            visits = walk(checkpoint, graph, learn, work=work, start=start, progress=bench.progress)
+            progress, device = bench.progress, bench.processor
+            visits = walk(checkpoint, graph, learn, work=work, start=start, progress=progress, device=device)
         for visit in visits:
             kept, changed = self._block(visit, graph, target)
             if writer.finished(shard_name(visit.index)) is None:

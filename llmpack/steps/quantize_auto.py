@@ -125,6 +125,16 @@ class QuantizeAuto(Step):
         return True
 
     @property
+    def walks(self) -> bool:
+        """As quantize.gptq, by which it rounds."""
+        return True
+
+    @property
+    def gpu_problem(self) -> str | None:
+        """That of the options of quantize.gptq."""
+        return self.chosen({}).gpu_problem
+
+    @property
     def allowed(self) -> tuple[str, ...]:
         """What may be chosen, in the order of the table of encodings."""
         named = self.candidates or scorable()
@@ -198,6 +208,16 @@ class QuantizeMix(Step):
     def needs_corpus(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def walks(self) -> bool:
+        """As quantize.gptq."""
+        return self._rounding.walks
+
+    @property
+    def gpu_problem(self) -> str | None:
+        """That of the options of quantize.gptq."""
+        return self._rounding.gpu_problem
 
     @property
     def _rounding(self) -> _Rounding:

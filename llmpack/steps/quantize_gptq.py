@@ -39,7 +39,7 @@ from llmpack.steps.blocks import (
 )
 from llmpack.steps.host_memory import Batch, Moment, Walk, walk_moments
 from llmpack.steps.quantize import Quantize
-from llmpack.steps.step import Workbench
+from llmpack.steps.step import Processor, Workbench
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +93,9 @@ class QuantizeGptq(Quantize):
 
     products: Literal["auto", "f32", "bf16"] = "auto"
     """How matrices are multiplied while calibration text runs through a block: in float32, or with operands rounded to
-    bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster; the
-    divergence of the result was the same (demo model: 0.0826 nats both in int4_g64, 0.0464 and 0.0465 in iq4_nl)."""
+    bfloat16 and sums in float32. auto: bf16 on processors with instructions for it, which are several times faster (and
+    float32 on a GPU); the divergence of the result was the same (demo model: 0.0826 nats both in int4_g64, 0.0464 and
+    0.0465 in iq4_nl)."""
 
     on_failure: Literal["stop", "rtn"] = "stop"
     """What to do where a Hessian does not factor at any damping: stop, or round those matrices to nearest."""
@@ -113,6 +114,20 @@ class QuantizeGptq(Quantize):
     def needs_corpus(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def walks(self) -> bool:
+        """Unless GPTQModel rounds."""
+        return self.engine == "native"
+
+    @property
+    def gpu_problem(self) -> str | None:
+        """Tuning, and operands of bfloat16, are of the processor."""
+        if self.tune:
+            return "tuning is done on the processor; set tune = 0"
+        if self.products == "bf16":
+            return 'products = "bf16" is about the processor; leave it out'
+        return None
 
     @property
     def copies(self) -> int:
@@ -182,7 +197,7 @@ class QuantizeGptq(Quantize):
     ) -> Iterator[Visit]:
         if bench.corpus is None:
             raise StepFailed("quantize.gptq learns from calibration text, and there is none; add [calibration]")
-        reference, kind = self.correction > 0 or self.tune > 0, self._products()
+        reference, kind = self.correction > 0 or self.tune > 0, self._products(bench.processor)
         start = resume_point(checkpoint, graph, bench.corpus, work=bench.work, reference=reference, kind=kind)
         require_blocks(writer, start)
         return walk(
@@ -192,15 +207,16 @@ class QuantizeGptq(Quantize):
             work=bench.work,
             start=start,
             progress=bench.progress,
+            device=bench.processor,
             reference=reference,
             outputs=self.tune > 0,
             kind=kind,
         )
 
-    def _products(self) -> Products:
+    def _products(self, processor: Processor) -> Products:
         """The way that is asked for. Raises EnvironmentProblem for bf16 on a processor that only imitates it."""
         if self.products != "bf16":
-            return "bf16" if self.products == "auto" and has_bf16() else "f32"
+            return "bf16" if self.products == "auto" and processor == "cpu" and has_bf16() else "f32"
         if not has_bf16():
             raise EnvironmentProblem('this processor has no instructions for bfloat16; set products = "f32"')
         return "bf16"

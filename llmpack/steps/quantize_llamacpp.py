@@ -41,6 +41,11 @@ class QuantizeLlamacpp(Quantize):
         """Only to weigh inputs."""
         return self.importance
 
+    @property
+    def walks(self) -> bool:
+        """To weigh inputs."""
+        return self.importance
+
     def encoding_problem(self, name: str) -> str | None:
         """llama.cpp rounds to the types of GGUF alone."""
         return None if ENCODINGS.load(name).ggml_type is not None else f"llama.cpp has no type {name}"

@@ -53,6 +53,11 @@ class QuantizeRtn(Quantize):
         """Only to weigh inputs."""
         return self.importance
 
+    @property
+    def walks(self) -> bool:
+        """To weigh inputs."""
+        return self.importance
+
     def host_memory(self, graph: ModelGraph, batch: Batch | None) -> tuple[Moment, ...]:
         """One block and the second moments of its inputs; without importance one matrix."""
         target = self.preview(graph)
@@ -101,8 +106,16 @@ def importances(
         raise StepFailed("this step weighs inputs by calibration text, and there is none; add a [calibration] section")
     start = resume_point(checkpoint, graph, bench.corpus, work=bench.work)
     require_blocks(writer, start)
-    visits = walk(checkpoint, graph, bench.corpus, work=bench.work, start=start, progress=bench.progress, observe=True)
-    for visit in visits:
+    for visit in walk(
+        checkpoint,
+        graph,
+        bench.corpus,
+        work=bench.work,
+        start=start,
+        progress=bench.progress,
+        device=bench.processor,
+        observe=True,
+    ):
         if writer.finished(shard_name(visit.index)) is None:
             yield visit.index, _mean_squares(visit)
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmpack.checkpoint.checkpoint import Checkpoint
     from llmpack.steps.host_memory import Batch, Moment
 
+Processor = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class Workbench:
@@ -29,6 +31,7 @@ class Workbench:
     source  the model that the recipe began with, before any step
     corpus  tokens to learn from, None for steps that need none
     threads compute threads: bytes are equal for equal threads on machines of one class
+    processor  what runs the blocks of a step that `walks`
     """
 
     folder: Path
@@ -38,6 +41,7 @@ class Workbench:
     seed: int
     threads: int
     progress: Progress = QUIET
+    processor: Processor = "cpu"
 
 
 class Step(Documented):
@@ -61,6 +65,16 @@ class Step(Documented):
     def needs_corpus(self) -> bool:
         """Whether it learns from calibration text."""
         return False
+
+    @property
+    def walks(self) -> bool:
+        """Whether it runs calibration text through block after block, on the processor that the workbench names."""
+        return False
+
+    @property
+    def gpu_problem(self) -> str | None:
+        """Why its options keep the blocks from running on a GPU, with the cure."""
+        return None
 
     @property
     def copies(self) -> int:

@@ -84,6 +84,7 @@ def _made(build: Build, planned: PlannedStep, before: _Before, name: str) -> tup
         seed=seed_of(build.recipe),
         graph=planned.graph,
         threads=build.plan.threads,
+        processor=build.recipe.build.processor,
     )
     with build.cache.claim(STEP, facts, f"{name} {planned.step.use}") as slot:
         cached = slot.entry is not None
@@ -105,7 +106,8 @@ def _weighed(build: Build, start: _Before, made: Checkpoint) -> Build:
     found = build.plan.alternative
     if found is None or not found.possible:
         return build
-    known = Known(start.digest, start.corpus.digest, seed_of(build.recipe), build.plan.threads)
+    threads, processor = build.plan.threads, build.recipe.build.processor
+    known = Known(start.digest, start.corpus.digest, seed_of(build.recipe), threads, processor)
     if found.predicted is None:
         facts = source_scores(build.recipe, start.graph, known)
         assert facts is not None  # steps that prune in order to be healed read the text
@@ -210,6 +212,7 @@ def _run_step(
         seed=seed_of(build.recipe),
         threads=build.plan.threads,
         progress=build.progress,
+        processor=build.recipe.build.processor,
     )
     with capped_memory(build.recipe.build.memory):
         done = planned.step.run(checkpoint, graph, bench)
