@@ -79,7 +79,7 @@ def nested_symmetric(groups: Groups, per: int, integers: Steps) -> Found:
     nest = _Nest(groups, per, integers)
     free, _ = symmetric(groups, exactly)
     groups.round(free)
-    unit, whole = nest.unit_of(free, groups.square())
+    unit, whole = nest.unit_of(free, groups.sums()[1])
     best = _nearby_scales(nest, unit, whole)
     for _ in range(INTEGER_SWEEPS - 1):
         best = best.or_better(_units_of_scales(nest, best), per)
@@ -90,10 +90,10 @@ def nested_symmetric(groups: Groups, per: int, integers: Steps) -> Found:
 def _nearby_scales(nest: _Nest, unit: Tensor, whole: Tensor) -> Found:
     """Every group's integer replaced by the best of its neighbours."""
     spread = nest.spread(unit)
-    best: tuple[Tensor, ...] = (whole, nest.groups.rounded_error(spread * whole))
-    for step in WINDOW:
-        other = nest.clamp(whole + step)
-        error = nest.groups.rounded_error(spread * other)
+    tried = [whole, *(nest.clamp(whole + step) for step in WINDOW)]
+    errors = nest.groups.errors([spread * other for other in tried])
+    best: tuple[Tensor, ...] = (whole, errors[0])
+    for other, error in zip(tried[1:], errors[1:], strict=True):
         best = pick(error < best[1], (other, error), best)
     return Found((unit,), (best[0],), nest.total(best[1]))
 
@@ -102,7 +102,7 @@ def _units_of_scales(nest: _Nest, start: Found) -> Found:
     """Units and integers by least squares under the present codes, in turn."""
     (unit,), (whole,) = start.units, start.integers
     nest.groups.round(nest.spread(unit) * whole)
-    across, square = nest.groups.across(), nest.groups.square()
+    _, square, across = nest.groups.sums()
     for _ in range(2):
         unit = to_unit(quotient(nest.total(whole * across), nest.total(whole.square() * square)))
         whole = nest.clamp(quotient(across, square * nest.spread(unit)).round_())
@@ -125,8 +125,8 @@ def _first_lines(nest: _Nest) -> Found:
     groups = nest.groups
     scale, offset, _ = affine(groups, exactly, below_zero=True)
     groups.round(scale, offset)
-    linear, square = groups.linear_and_square()
-    weight, total = groups.weight(), groups.total()
+    linear, square, _ = groups.sums()
+    weight, total = groups.weight, groups.total
     stiff = (square - quotient(linear.square(), weight) / 2).clamp_(min=0)  # the offset follows, as far as it can
     unit, whole = nest.unit_of(scale.clamp(min=0), stiff)
     offset = quotient(nest.spread(unit) * whole * linear - total, weight).clamp_(min=0)
@@ -144,10 +144,13 @@ def _line_errors(nest: _Nest, units: tuple[Tensor, ...], whole: tuple[Tensor, ..
 
 def _nearby_lines(nest: _Nest, start: Found) -> Found:
     """Every group's pair of integers replaced by the best of its neighbours."""
-    best = (*start.integers, _line_errors(nest, start.units, start.integers))
+    unit, low_unit = (nest.spread(one) for one in start.units)
+    tried = [start.integers]
     for moves in MOVES:
-        pair = tuple(nest.clamp(whole + move) for whole, move in zip(start.integers, moves, strict=True))
-        error = _line_errors(nest, start.units, pair)
+        tried.append(tuple(nest.clamp(whole + move) for whole, move in zip(start.integers, moves, strict=True)))
+    errors = nest.groups.errors([unit * pair[0] for pair in tried], [-low_unit * pair[1] for pair in tried])
+    best = (*start.integers, errors[0])
+    for pair, error in zip(tried[1:], errors[1:], strict=True):
         best = pick(error < best[2], (*pair, error), best)
     return Found(start.units, best[:2], nest.total(best[2]))
 
@@ -157,8 +160,8 @@ def _units_of_lines(nest: _Nest, start: Found) -> Found:
     groups, total = nest.groups, nest.total
     whole, low_whole = start.integers
     _line_errors(nest, start.units, start.integers)
-    linear, square = groups.linear_and_square()
-    across, weight, sum_x = groups.across(), groups.weight(), groups.total()
+    linear, square, across = groups.sums()
+    weight, sum_x = groups.weight, groups.total
     a, b, c = total(whole.square() * square), -total(whole * low_whole * linear), total(low_whole.square() * weight)
     right, low_right = total(whole * across), -total(low_whole * sum_x)
     determinant = a * c - b * b

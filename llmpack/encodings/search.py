@@ -11,7 +11,8 @@ enough for weights that differ by orders of magnitude.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmpack.encodings.steps import Steps, lookup
@@ -19,10 +20,13 @@ from llmpack.encodings.steps import Steps, lookup
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from llmpack.encodings import kernels
 else:
     from llmpack.lazy import LazyModule
 
     torch = LazyModule("torch")
+    kernels = LazyModule("llmpack.encodings.kernels")
 
 HALF_MAX = 65504.0
 SWEEPS = 3
@@ -78,92 +82,100 @@ def pick(condition: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) ->
 
 
 class Groups:
-    """Numbers of many groups with their weights, the multiples they are rounded to, and room to work in.
+    """Numbers of many groups with their weights, and how they are rounded now.
 
-    x, w  [group, n] float32
-    q     [group, n] float32: the multiples of the last `round`
+    x, w       [group, n] float32
+    low, high  [n]: the outermost multiples of each group
     """
 
     def __init__(self, x: Tensor, w: Tensor, steps: Steps) -> None:
-        self.x, self.w, self.steps = x, w, steps
-        self.wx = w * x
-        self.q = torch.empty_like(x)
-        self._spare = torch.empty_like(x)
-        self._lookup = None if steps.table is None else lookup(steps.table)
-        self._index = None if self._lookup is None else torch.empty_like(x, dtype=torch.int32)
+        self.x, self.w, self.steps = x.contiguous(), w.contiguous(), steps
+        self.wx = self.w * self.x
+        self.low, self.high = (x.new_full(x.shape[1:], float(end)) for end in (steps.low, steps.high))
+        self._nowhere = x.new_zeros(x.shape[1])
+        table = None if steps.table is None else lookup(steps.table)
+        self._table = (0, self._nowhere[:0].numpy()) if table is None else (table.first, table.values.numpy())
+        self.round(self._nowhere)
 
     def round(self, scale: Tensor, offset: Tensor | None = None) -> None:
-        """Put the multiples nearest to ``(x - offset) / scale`` into `q`."""
-        x = self.x if offset is None else torch.sub(self.x, offset, out=self.q)
-        torch.mul(x, quotient(torch.ones_like(scale), scale), out=self.q)
-        if self._lookup is None or self._index is None:
-            self.q.round_().clamp_(self.steps.low, self.steps.high)
-        else:
-            self._index.copy_(self._lookup.index(self.q))
-            values = self._lookup.values.to(self.q.device)
-            torch.index_select(values, 0, self._index.view(-1), out=self.q.view(-1))
+        """From now on multiples are those nearest to ``(x - offset) / scale``."""
+        self._offset = self._nowhere if offset is None else offset
+        self._inverse = quotient(torch.ones_like(scale), scale)
 
-    def error(self, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """[n] weighted squared error of the present multiples."""
-        values = torch.mul(self.q, scale, out=self._spare)
-        if offset is not None:
-            values.add_(offset)
-        return fold(values.sub_(self.x).square_().mul_(self.w))
+    @property
+    def rounding(self) -> kernels.Rounding:
+        """How numbers are rounded now."""
+        numbers = (self._offset, self._inverse, self.low, self.high)
+        return kernels.Rounding(*(part.contiguous().numpy() for part in numbers), *self._table)
+
+    @property
+    def q(self) -> Tensor:
+        """[group, n] float32: the present multiples."""
+        found = torch.empty_like(self.x)
+        kernels.multiples(self.x.numpy(), self.rounding, found.numpy())
+        return found
 
     def rounded_error(self, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-        """[n] weighted squared error of rounding to nearest."""
+        """[n] weighted squared error of rounding to nearest, which is how numbers are rounded from now on."""
         self.round(scale, offset)
-        return self.error(scale, offset)
+        return self.errors([scale], [self._offset])[0]
 
-    def across(self, weighted: Tensor | None = None) -> Tensor:
-        """[n] ``sum w x q``, or ``sum weighted q``."""
-        return fold(torch.mul(self.wx if weighted is None else weighted, self.q, out=self._spare))
+    def errors(self, scales: Sequence[Tensor], offsets: Sequence[Tensor] | None = None) -> Tensor:
+        """[tries, n] weighted squared errors of rounding to nearest by some scales and offsets."""
+        tried = torch.stack(list(scales))
+        shifts = torch.zeros_like(tried) if offsets is None else torch.stack(list(offsets))
+        found = torch.empty_like(tried)
+        given = (self.x, self.w, tried, shifts)
+        kernels.errors(*(part.numpy() for part in given), self.rounding, found.numpy())
+        return found
 
-    def square(self) -> Tensor:
-        """[n] ``sum w q^2``."""
-        return fold(torch.mul(self.w, self.q, out=self._spare).mul_(self.q))
+    def sums(self, weighted: Tensor | None = None) -> Tensor:
+        """[3, n] ``sum w q``, ``sum w q^2`` and ``sum w x q`` (``sum weighted q``) of the present multiples."""
+        across = self.wx if weighted is None else weighted
+        found = self.x.new_empty(3, self.x.shape[1])
+        kernels.sums(self.x.numpy(), self.w.numpy(), across.numpy(), self.rounding, found.numpy())
+        return found
 
-    def linear_and_square(self) -> tuple[Tensor, Tensor]:
-        """[n] ``sum w q`` and ``sum w q^2``."""
-        linear = fold(torch.mul(self.w, self.q, out=self._spare))
-        return linear, self.square()
+    def best_scale(self, extreme: Tensor, shares: Sequence[float]) -> Tensor:
+        """[n] the best of the least-squares scales of roundings by ``extreme * shares``."""
+        found = torch.empty_like(extreme)
+        tried = torch.tensor(shares, dtype=torch.float32)
+        given = (self.x, self.w, self.wx, extreme, tried)
+        kernels.best_scales(*(part.numpy() for part in given), self.rounding, found.numpy())
+        return found
 
+    @cached_property
     def weight(self) -> Tensor:
         """[n] ``sum w``."""
-        return fold(self._spare.copy_(self.w))
+        return fold(self.w.clone())
 
+    @cached_property
     def total(self) -> Tensor:
         """[n] ``sum w x``."""
-        return fold(self._spare.copy_(self.wx))
+        return fold(self.wx.clone())
 
 
 def symmetric(groups: Groups, store: Store) -> tuple[Tensor, Tensor]:
     """Scales [n] as stored, and their errors; minimize ``sum w (x - scale * multiple)^2``."""
     least, largest = groups.x.amin(0), groups.x.amax(0)
     extreme = torch.where(largest >= -least, largest, least)
-    scale, gain = torch.zeros_like(extreme), torch.zeros_like(extreme)
-    for end in groups.steps.ends:
-        for factor in FACTORS:
-            groups.round(extreme * (factor / end))
-            across = groups.across()
-            found = quotient(across, groups.square())
-            score = found * across  # by how much it lowers the error from that of zeros
-            scale, gain = pick(score > gain, (found, score), (scale, gain))
+    scale = groups.best_scale(extreme, [factor / end for end in groups.steps.ends for factor in FACTORS])
     plain = store(extreme / groups.steps.ends[0])
     best = pick_least(groups, (torch.zeros_like(scale), plain))
     for _ in range(SWEEPS):
         scale = store(scale)
         error = groups.rounded_error(scale)
         best = pick(error < best[1], (scale, error), best)
-        scale = quotient(groups.across(), groups.square())
+        _, square, across = groups.sums()
+        scale = quotient(across, square)
     return best[0], best[1]
 
 
 def pick_least(groups: Groups, scales: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The scale of least error among a few, and the error."""
-    best: tuple[Tensor, ...] = (scales[0], groups.rounded_error(scales[0]))
-    for scale in scales[1:]:
-        error = groups.rounded_error(scale)
+    errors = groups.errors(scales)
+    best: tuple[Tensor, ...] = (scales[0], errors[0])
+    for scale, error in zip(scales[1:], errors[1:], strict=True):
         best = pick(error < best[1], (scale, error), best)
     return best
 
@@ -179,21 +191,14 @@ def affine(groups: Groups, store: Store, below_zero: bool) -> tuple[Tensor, Tens
         low = low.clamp(max=0)
     span = groups.x.amax(0) - low
     lines = Lines(groups, below_zero)
-    found = lines.flat()
-    for below in SLACK:
-        for above in SLACK:
-            scale = span / (high - below - above)
-            groups.round(scale, low - scale * below)
-            candidate = lines.best()
-            found = pick(candidate[2] > found[2], candidate, found)
+    scale, offset = lines.best(low, span)
     plain = store(span / high), store(low)
     best: tuple[Tensor, ...] = (*plain, groups.rounded_error(*plain))
-    scale, offset = found[:2]
     for _ in range(SWEEPS):
         scale, offset = store(scale), store(offset)
         error = groups.rounded_error(scale, offset)
         best = pick(error < best[2], (scale, offset, error), best)
-        scale, offset, _ = lines.best()
+        scale, offset = lines.present()
     return best[0], best[1], best[2]
 
 
@@ -202,26 +207,23 @@ class Lines:
 
     def __init__(self, groups: Groups, below_zero: bool) -> None:
         self.groups, self.below_zero = groups, below_zero
-        self.weight = groups.weight()
-        self.mean = quotient(groups.total(), self.weight)
+        self.weight = groups.weight
+        self.mean = quotient(groups.total, self.weight)
         self.centred = groups.w * (groups.x - self.mean)
 
-    def flat(self) -> tuple[Tensor, ...]:
-        """Scale 0, the offset alone; as `best`."""
-        offset = self.mean.clamp(max=0) if self.below_zero else self.mean
-        return torch.zeros_like(offset), offset, -self.weight * (self.mean - offset).square()
+    def best(self, low: Tensor, span: Tensor) -> tuple[Tensor, ...]:
+        """Scales and offsets of the best lines, where the range from `low` on is reached beyond, or clipped, by `SLACK`."""
+        pairs = [(below, self.groups.steps.high - below - above) for below in SLACK for above in SLACK]
+        below, codes = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
+        flat = self.mean.clamp(max=0) if self.below_zero else self.mean.clone()
+        found = torch.stack([torch.zeros_like(flat), flat, -self.weight * (self.mean - flat).square()])
+        given = (self.groups.x, self.groups.w, self.centred, self.mean, self.weight, low, span, below, codes)
+        kernels.best_lines(*(part.numpy() for part in given), self.groups.rounding, self.below_zero, found.numpy())
+        return found[0], found[1]
 
-    def best(self) -> tuple[Tensor, ...]:
-        """Scale, offset, and by how much they lower the error from that of the mean, for the present multiples."""
-        linear, square = self.groups.linear_and_square()
-        across = self.groups.across(self.centred)
-        middle = quotient(linear, self.weight)
-        spread = square - linear * middle
-        scale = torch.where(spread > 1e-6 * square, quotient(across, spread), torch.zeros_like(across))
-        line = scale, self.mean - scale * middle, scale * across
-        if not self.below_zero:
-            return line
-        through = across + self.mean * linear
-        scale = quotient(through, square)
-        zero = scale, torch.zeros_like(scale), scale * through - self.mean.square() * self.weight
-        return pick(line[1] > 0, zero, line)
+    def present(self) -> tuple[Tensor, ...]:
+        """Scales and offsets of the lines over the present multiples."""
+        sums, found = self.groups.sums(self.centred), self.mean.new_empty(2, len(self.mean))
+        given = (sums, self.mean, self.weight)
+        kernels.lines(*(part.numpy() for part in given), self.below_zero, found.numpy())
+        return found[0], found[1]

@@ -18,7 +18,7 @@ else:
 
     torch = LazyModule("torch")
 
-TILE = 1 << 20
+TILE = 1 << 18
 """Numbers per tile of a scale search: enough that the hundreds of operations on it cost more than being called."""
 
 LEAST = 1 << 16
@@ -37,8 +37,9 @@ def matrix(W: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} stores matrices; a tensor of shape {list(W.shape)} has {W.ndim} dimensions")
     values = W.detach().to(torch.float32)
     for rows in runs(values.shape[0], values.shape[1], SLAB):
-        finite = torch.isfinite(values[rows])
-        if not bool(finite.all()):
+        some = values[rows]
+        if some.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(some)):  # NaN is both ends
+            finite = torch.isfinite(some)
             row, column = (int(i) for i in torch.nonzero(~finite)[0])
             raise ValueError(
                 f"{int((~finite).sum())} numbers are infinite or NaN, the first in row {rows.start + row}, "

@@ -23,16 +23,15 @@ class ZeroGroups(Groups):
     """Groups whose multiples run from ``-zero`` to ``high - zero``, each group with a zero of its own."""
 
     def __init__(self, x: Tensor, w: Tensor, steps: Steps) -> None:
-        super().__init__(x, w, steps)
         self.zero = x.new_zeros(x.shape[1])
+        super().__init__(x, w, steps)
 
     def round(self, scale: Tensor, offset: Tensor | None = None) -> None:
-        """Put the multiples nearest to ``x / scale`` into `q`. Raises ValueError for an offset: zero is a code here."""
+        """From now on multiples are those nearest to ``x / scale``. Raises ValueError for an offset: zero is a code here."""
         if offset is not None:
             raise ValueError("groups with an integer zero have no offset")
-        torch.mul(self.x, quotient(torch.ones_like(scale), scale), out=self.q)
-        high = self.steps.codes - 1
-        torch.clamp(self.q.round_(), min=-self.zero, max=high - self.zero, out=self.q)
+        self.low, self.high = -self.zero, self.steps.codes - 1 - self.zero
+        super().round(scale)
 
 
 def with_zero(groups: ZeroGroups, store: Store) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,8 +49,8 @@ def with_zero(groups: ZeroGroups, store: Store) -> tuple[Tensor, Tensor, Tensor]
             scale = span / (high - below - above)
             groups.zero = _whole(below - quotient(low, scale), high)
             groups.round(scale)
-            across = groups.across()
-            best = quotient(across, groups.square())
+            _, square, across = groups.sums()
+            best = quotient(across, square)
             found = pick(best * across > found[2], (best, groups.zero, best * across), found)
     plain = store(span / high)
     groups.zero = _whole(-quotient(low, plain), high)
@@ -65,7 +64,8 @@ def with_zero(groups: ZeroGroups, store: Store) -> tuple[Tensor, Tensor, Tensor]
             kept = pick(error < kept[2], (scale, groups.zero, error), kept)
         groups.zero = kept[1]
         groups.round(kept[0])
-        found = quotient(groups.across(), groups.square()), kept[1]
+        _, square, across = groups.sums()
+        found = quotient(across, square), kept[1]
     return kept[0], kept[1], kept[2]
 
 

@@ -20,14 +20,15 @@ from llmpack.models.graph import ModelGraph, TensorSpec
 from llmpack.parallel import AT_ONCE
 
 MIB = 1 << 20
-BASE = 450 * MIB
-"""Interpreter, torch, transformers with the classes of a family, tokenizer, and what their heaps keep."""
+BASE = 600 * MIB
+"""Interpreter, torch, transformers with the classes of a family, tokenizer, numba with its compiler (150 MiB), and what
+their heaps keep."""
 KEPT = 35 * MIB
 """What heaps keep, of that, in a walk over matrices; a walk over next to nothing does without."""
 WIDTHS, INNER_WIDTHS = 3, 3
 """Hidden states, and inner states of a feed-forward part, that are alive at once while a batch runs through a block."""
-SEARCH = 44
-"""Bytes for each number whose scale is searched: eleven arrays of them."""
+SEARCH = 32
+"""Bytes for each number whose scale is searched: eight arrays of them."""
 
 KEPT_WIDTHS, KEPT_INNER_WIDTHS = 20, 7
 """The same while gradients pass through a block."""
