@@ -41,7 +41,7 @@ class Rounding(NamedTuple):
 
     offset, inverse  [n]
     low, high        [n]: the outermost multiples, which are whole numbers where there is no table
-    first, table     multiples by doubled ratio from `first` on, rounded up (see `steps.Lookup`); an empty table for none
+    first, table     multiples by doubled ratio, rounded up, from `first` on (see `steps.Lookup`); empty where whole
     """
 
     offset: Floats
@@ -54,7 +54,7 @@ class Rounding(NamedTuple):
 
 @compiled
 def _empty(group: int) -> Any:
-    # by itself: as part of a larger array it would not be known to lie in one piece, and loops would go number by number
+    # by itself: as part of a larger array it is not known to lie in one piece, and loops go number by number
     return np.empty((group, LANES), f32)
 
 
@@ -169,7 +169,7 @@ def _square(w: Floats, q: Floats, terms: Floats, out: Floats) -> None:
 def _line(linear: Any, square: Any, across: Any, mean: Any, weight: Any, below_zero: bool) -> Any:
     """Scale, offset and gain of the least-squares line, from sums over multiples; `across` of numbers less their mean.
 
-    Numbers are taken from their mean for precision. Gain is by how much the line lowers the error from that of the mean.
+    Numbers are taken from their mean for precision. Gain is by how much the error is less than that of the mean.
     """
     middle = _quotient(linear, weight)
     spread = square - linear * middle
@@ -201,7 +201,7 @@ def multiples(x: Floats, rounding: Rounding, q: Floats) -> None:
 
 @compiled
 def errors(x: Floats, w: Floats, scales: Floats, offsets: Floats, rounding: Rounding, out: Floats) -> None:
-    """Fill out [tries, n] with ``sum w (scale * q + offset - x)^2`` of the multiples q nearest to ``(x - offset) / scale``.
+    """Fill out [tries, n] with ``sum w (scale * q + offset - x)^2``, q being nearest to ``(x - offset) / scale``.
 
     scales, offsets  [tries, n], in place of those of `rounding`
     """

@@ -93,8 +93,7 @@ class Groups:
         self.wx = self.w * self.x
         self.low, self.high = (x.new_full(x.shape[1:], float(end)) for end in (steps.low, steps.high))
         self._nowhere = x.new_zeros(x.shape[1])
-        table = None if steps.table is None else lookup(steps.table)
-        self._table = (0, self._nowhere[:0].numpy()) if table is None else (table.first, table.values.numpy())
+        self._table = _table_of(steps)
         self.round(self._nowhere)
 
     def round(self, scale: Tensor, offset: Tensor | None = None) -> None:
@@ -155,6 +154,16 @@ class Groups:
         return fold(self.wx.clone())
 
 
+def _table_of(steps: Steps) -> tuple[int, kernels.Floats]:
+    """What `kernels.Rounding` wants of a table of multiples."""
+    if steps.table is None:
+        return 0, torch.empty(0).numpy()
+    table = lookup(steps.table)
+    if table is None:
+        raise ValueError(f"multiples {steps.table} cannot be looked up: their middles are neither whole nor half")
+    return table.first, table.values.numpy()
+
+
 def symmetric(groups: Groups, store: Store) -> tuple[Tensor, Tensor]:
     """Scales [n] as stored, and their errors; minimize ``sum w (x - scale * multiple)^2``."""
     least, largest = groups.x.amin(0), groups.x.amax(0)
@@ -212,7 +221,7 @@ class Lines:
         self.centred = groups.w * (groups.x - self.mean)
 
     def best(self, low: Tensor, span: Tensor) -> tuple[Tensor, ...]:
-        """Scales and offsets of the best lines, where the range from `low` on is reached beyond, or clipped, by `SLACK`."""
+        """Scales and offsets of the best lines of roundings whose ranges differ from that given by `SLACK`."""
         pairs = [(below, self.groups.steps.high - below - above) for below in SLACK for above in SLACK]
         below, codes = torch.tensor(pairs, dtype=torch.float32).T.contiguous()
         flat = self.mean.clamp(max=0) if self.below_zero else self.mean.clone()

@@ -27,7 +27,7 @@ class ZeroGroups(Groups):
         super().__init__(x, w, steps)
 
     def round(self, scale: Tensor, offset: Tensor | None = None) -> None:
-        """From now on multiples are those nearest to ``x / scale``. Raises ValueError for an offset: zero is a code here."""
+        """From now on multiples are those nearest to ``x / scale``. ValueError for an offset: zero is a code here."""
         if offset is not None:
             raise ValueError("groups with an integer zero have no offset")
         self.low, self.high = -self.zero, self.steps.codes - 1 - self.zero
