@@ -22,7 +22,7 @@ FLOORS = (
     {"algorithms", "checkpoint"},
     {"encodings"},
     {"registry", "process", "parallel"},
-    {"lazy", "gpu"},
+    {"lazy", "gpu", "compiled"},
     {"errors", "units", "documented", "digest", "progress", "profile", "allocator", "torchvision_operators"},
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

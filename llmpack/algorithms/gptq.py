@@ -10,22 +10,25 @@ triangular factor of H, to which GPTQ is equal column by column (arXiv:2507.1855
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from llmpack.algorithms.hessian import Factor, factorize, in_order
 from llmpack.encodings.encoding import Grid, GridEncoding, Levels, Quantized
-from llmpack.parallel import even
+from llmpack.parallel import each, even
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from llmpack.algorithms import in_turn
 else:
     from llmpack.lazy import LazyModule
 
     torch = LazyModule("torch")
+    in_turn = LazyModule("llmpack.algorithms.in_turn")
 
 Pieces = list[tuple[int, slice]]
 """Which rows of which matrix."""
@@ -33,15 +36,11 @@ Pieces = list[tuple[int, slice]]
 BLOCK = 128
 """Columns rounded one by one before their errors reach the others in one matrix product."""
 
-NUMBERS = 1 << 24
-"""Weights that are rounded at once, as whole rows, which never see each other: this bounds memory. Long columns cost
-few operations; threads would gain nothing, for Python serves one at a time and a column is done in microseconds."""
+NUMBERS = 1 << 22
+"""Weights that a thread rounds at once, as whole rows, which never see each other: this bounds memory."""
 
 ROWS = 1024
 """Rows or columns per product where an error is evaluated."""
-
-STRIP = 16
-"""Columns among those of a block whose errors reach each other one by one."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,19 @@ def round_together(
     finished = [_Finished.empty(W) for W in weights]
     place = torch.argsort(factor.order)
 
-    for pieces in _pieces([len(W) for W in weights], rows_at_once(len(factor.order))):
+    def rounded(pieces: Pieces) -> list[_Sums]:
         some = [grids[at].select_rows(rows) for at, rows in pieces]
         columns = _Columns.of([weights[at][rows] for at, rows in pieces], some, factor.order, factor.upper.dtype)
-        tile = _nearest_plane(columns, factor)
-        parts = tile.split([rows.stop - rows.start for _, rows in pieces])
-        for (at, rows), part in zip(pieces, parts, strict=True):
-            finished[at].add(rows, part, place)
+        codes, sums = _nearest_plane(columns, factor)
+        lengths = [rows.stop - rows.start for _, rows in pieces]
+        for (at, rows), part in zip(pieces, codes.split(lengths, dim=1), strict=True):
+            finished[at].codes[rows] = part.index_select(0, place).T
+        return sums.split(lengths)
+
+    runs = _pieces([len(W) for W in weights], rows_at_once(len(factor.order)))
+    for pieces, parts in zip(runs, each(rounded, runs), strict=True):
+        for (at, _), part in zip(pieces, parts, strict=True):
+            finished[at].add(part)
     return [one.rounded(grid, encoding) for one, grid in zip(finished, grids, strict=True)]
 
 
@@ -128,26 +133,21 @@ def _pieces(lengths: Sequence[int], most: int) -> list[Pieces]:
 
 
 @dataclass
-class _Tile:
-    """Some rows, rounded: codes [columns, rows] in rounding order; what was clipped, error and energy by row."""
+class _Sums:
+    """Of some rows, [rows] each: codes that were clipped, error, energy."""
 
-    codes: Tensor
     clipped: Tensor
     error: Tensor
     energy: Tensor
 
-    def split(self, lengths: list[int]) -> list[_Tile]:
-        parts = zip(
-            torch.split(self.codes, lengths, dim=1),
-            *(torch.split(one, lengths) for one in (self.clipped, self.error, self.energy)),
-            strict=True,
-        )
-        return [_Tile(*part) for part in parts]
+    def split(self, lengths: list[int]) -> list[_Sums]:
+        parts = (torch.split(one, lengths) for one in (self.clipped, self.error, self.energy))
+        return [_Sums(*part) for part in zip(*parts, strict=True)]
 
 
 @dataclass
 class _Finished:
-    """A matrix whose rows are rounded tile by tile."""
+    """A matrix whose rows are rounded some at a time."""
 
     codes: Tensor
     clipped: float = 0.0
@@ -158,12 +158,11 @@ class _Finished:
     def empty(cls, W: Tensor) -> _Finished:
         return cls(torch.empty(W.shape, dtype=torch.uint8, device=W.device))
 
-    def add(self, rows: slice, tile: _Tile, place: Tensor) -> None:
-        """Take some rows; place: where each column stands in rounding order."""
-        self.codes[rows] = tile.codes.index_select(0, place).T
-        self.clipped += float(tile.clipped.sum())
-        self.error += float(tile.error.sum())
-        self.energy += float(tile.energy.sum())
+    def add(self, sums: _Sums) -> None:
+        """Count some rows, whose codes are there."""
+        self.clipped += float(sums.clipped.sum())
+        self.error += float(sums.error.sum())
+        self.energy += float(sums.energy.sum())
 
     def rounded(self, grid: Grid, encoding: GridEncoding) -> Rounded:
         quantized = Quantized(self.codes, grid, encoding)
@@ -181,13 +180,15 @@ def refine(W: Tensor, H: Tensor, start: Quantized, *, sweeps: int = 4) -> Quanti
     hessian, place = in_order(H, order, W.dtype), torch.argsort(order)
     refined = torch.empty(start.codes.shape, dtype=torch.uint8, device=W.device)
 
-    for rows in even(len(W), rows_at_once(len(order))):
+    def descend(rows: slice) -> None:
         columns = _Columns.of([W[rows]], [start.grid.select_rows(rows)], order, W.dtype)
         codes = start.codes[rows].to(torch.uint8).T.index_select(0, order).contiguous()
         for _ in range(sweeps):
             if not _descend(columns, hessian, codes):
                 break
         refined[rows] = codes.index_select(0, place).T
+
+    each(descend, even(len(W), rows_at_once(len(order))))
     return Quantized(refined, start.grid, start.encoding)
 
 
@@ -239,38 +240,34 @@ class _Columns:
         return Levels(scale=scale, high=first.high, zero=zero, offset=offset, table=first.table)
 
 
-class _Rounder:
-    """Rounds some columns one after the other; lists of rows, so that a column costs few operations."""
+def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, error: Tensor) -> Tensor:
+    """Round the columns of one block in turn, [n, rows] each; codes, uint8.
 
-    def __init__(self, levels: Levels) -> None:
-        self.levels = levels
-        self.scale, self.divisor = levels.scale.unbind(), levels.divisor.unbind()
-        self.offset = None if levels.offset is None else levels.offset.unbind()
-        self.multiples = torch.empty_like(levels.scale)
-        self._multiples = self.multiples.unbind()
-        zero = levels.zero
-        self._column = [replace(levels, zero=one) for one in zero.unbind()] if isinstance(zero, torch.Tensor) else None
-
-    def nearest(self, k: int, x: Tensor) -> Tensor:
-        """The value nearest to `x` [rows] in column k. Its multiple of the scale is kept."""
-        ratio = x / self.divisor[k] if self.offset is None else (x - self.offset[k]).div_(self.divisor[k])
-        multiple = (self.levels if self._column is None else self._column[k]).multiples(ratio)
-        self._multiples[k].copy_(multiple)
-        value = multiple.mul_(self.scale[k])
-        return value if self.offset is None else value.add_(self.offset[k])
-
-    def codes(self) -> Tensor:
-        """[columns, rows] uint8, when all columns are rounded."""
-        return self.levels.codes_of(self.multiples)
-
-
-def _strips(count: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, count, STRIP):
-        yield first, min(first + STRIP, count)
+    slope   [n, n]: what a unit of error in column j adds to column k, at [k, j] with j < k
+    weight  what errors are taken from
+    target  what each column is to be rounded from, as far as it follows from the blocks before; made whole
+    error   filled
+    """
+    multiples = torch.empty_like(weight)
+    table = weight.new_empty(0) if levels.table is None else levels.table.to(weight.dtype)
+    arrays = (
+        slope.contiguous(),
+        target,
+        weight,
+        levels.scale,
+        weight.new_zeros(1, 1) if levels.offset is None else levels.offset,
+        *(torch.atleast_2d(torch.as_tensor(end, dtype=weight.dtype)) for end in levels.ends),
+        (table[1:] + table[:-1]) / 2,
+        table,
+        error,
+        multiples,
+    )
+    in_turn.round_in_turn(*(array.numpy() for array in arrays))
+    return levels.codes_of(multiples)
 
 
-def _nearest_plane(columns: _Columns, factor: Factor) -> _Tile:
-    """Round all rows of `columns`.
+def _nearest_plane(columns: _Columns, factor: Factor) -> tuple[Tensor, _Sums]:
+    """Round all rows of `columns`: codes [columns, rows] in rounding order, uint8, and their sums.
 
     With ``H = R R^T`` the objective is the squared length of ``(W - Q) R``. R being upper triangular, entry k
     depends on columns up to k only, and is smallest when column k is rounded from
@@ -287,38 +284,20 @@ def _nearest_plane(columns: _Columns, factor: Factor) -> _Tile:
     for start in range(0, count, BLOCK):
         some = slice(start, min(start + BLOCK, count))
         levels = columns.levels(some.start, some.stop)
-        size, added = diagonal[some], factor.added[some].to(weight.dtype)
-        slope = (upper[: some.stop, some] / size).T.contiguous()  # slope[k - start, j] = R_jk / R_kk
-        target = torch.addmm(weight[some], slope[:, :start], error[:start])
-        codes[some] = _round_block(levels, slope[:, start:], weight[some], target, error[some])
+        size, added = diagonal[some, None], factor.added[some, None].to(weight.dtype)
+        target = (upper[:start, some].T @ error[:start]).div_(size).add_(weight[some])
+        slope = upper[some, some].T / size  # slope[k - start, j - start] = R_jk / R_kk
+        codes[some] = _round_block(levels, slope, weight[some], target, error[some])
         left = target - (weight[some] - error[some])
         clipped += _beyond_the_ends(levels, codes[some], left).sum(0)
         missed += _squares(left, size.square()) - _squares(error[some], added)
-        energy += _squares(slope @ weight[: some.stop], size.square()) - _squares(weight[some], added)
-    return _Tile(codes, clipped, missed, energy)
+        energy += _squares(upper[: some.stop, some].T @ weight[: some.stop]) - _squares(weight[some], added)
+    return codes, _Sums(clipped, missed, energy)
 
 
-def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, error: Tensor) -> Tensor:
-    """Round the columns of one block, [n, rows] each; codes, uint8. `target` and `error` are filled.
-
-    slope  [n, n]: of the errors of this block's columns
-    target what each column is to be rounded from, as far as it follows from the blocks before
-    """
-    rounder = _Rounder(levels)
-    targets, weights, errors = target.unbind(), weight.unbind(), error.unbind()
-    for first, last in _strips(len(weight)):
-        if first:
-            target[first:last].addmm_(slope[first:last, :first], error[:first])
-        for k in range(first, last):
-            if k > first:
-                targets[k].addmv_(error[first:k].T, slope[k, first:k])
-            torch.sub(weights[k], rounder.nearest(k, targets[k]), out=errors[k])
-    return rounder.codes()
-
-
-def _squares(values: Tensor, weights: Tensor) -> Tensor:
-    """[rows] float64: sum over columns of weighted squares; values [columns, rows]."""
-    return (values.square() * weights[:, None]).sum(0, dtype=torch.float64)
+def _squares(values: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """[rows] float64: sum over columns of weighted squares; values [columns, rows], weights [columns, 1]."""
+    return (values.square() * weights).sum(0, dtype=torch.float64)
 
 
 def _beyond_the_ends(levels: Levels, codes: Tensor, left: Tensor) -> Tensor:
@@ -345,27 +324,10 @@ def _descend(columns: _Columns, hessian: Tensor, codes: Tensor) -> bool:
         some = slice(start, min(start + BLOCK, count))
         levels = columns.levels(some.start, some.stop)
         now, stiff = levels.decode(codes[some]), curvature[some, None]
-        best, moved = _descend_block(levels, hessian[some, some] / stiff, now, now + pull[some] / stiff)
+        # where each column is best while no other of the block moves; what it falls by moves those after it
+        target, moved = now + pull[some] / stiff, torch.empty_like(now)
+        best = _round_block(levels, hessian[some, some] / stiff, now, target, moved)
         changed = changed or not torch.equal(best, codes[some])
         codes[some] = best
         pull[some.stop :].addmm_(hessian[some.stop :, some], moved)
     return changed
-
-
-def _descend_block(levels: Levels, slope: Tensor, now: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The best codes, uint8, of the columns of one block in turn, and by how much values fell; [n, rows] each.
-
-    slope   [n, n]: Hessian of this block's columns, each row divided by its curvature
-    now     present values
-    target  where each column is best while no other of the block moves; overwritten
-    """
-    rounder, moved = _Rounder(levels), torch.empty_like(now)
-    targets, values, falls = target.unbind(), now.unbind(), moved.unbind()
-    for first, last in _strips(len(now)):
-        if first:
-            target[first:last].addmm_(slope[first:last, :first], moved[:first])
-        for k in range(first, last):
-            if k > first:
-                targets[k].addmv_(moved[first:k].T, slope[k, first:k])
-            torch.sub(values[k], rounder.nearest(k, targets[k]), out=falls[k])
-    return rounder.codes(), moved

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmpack.encodings import tiles
@@ -80,29 +78,13 @@ class Levels:
             return _nearest(ratio, self.table)
         return (torch.round(ratio) + self.zero).clamp_(0, self.high).to(torch.int32)
 
-    def multiples(self, ratio: Tensor) -> Tensor:
-        """Nearest multiples of the scale, of what `round` has divided by it; `ratio` is overwritten."""
-        if self.table is not None:
-            return self._entries(ratio)
-        return ratio.round_().clamp_(*self._ends)
-
-    @cached_property
-    def _ends(self) -> tuple[Any, Any]:
-        """Least and largest multiple; tensors where `zero` varies."""
+    @property
+    def ends(self) -> tuple[Any, Any]:
+        """Least and largest multiple of the scale where there is no table; tensors where `zero` varies."""
         return -self.zero, self.high - self.zero
 
-    @cached_property
-    def _entries(self) -> Callable[[Tensor], Tensor]:
-        """The entry of the table that is nearest to each number."""
-        table = self.scale.new_tensor(()) if self.table is None else self.table
-        entries = lookup(tuple(table.tolist()))
-        if entries is None:
-            return lambda ratio: table[_nearest(ratio, table).long()].to(ratio.dtype)
-        values = entries.values.to(self.scale)
-        return lambda ratio: values.index_select(0, entries.index(ratio).to(torch.int32))
-
     def codes_of(self, multiples: Tensor) -> Tensor:
-        """Codes, uint8, of what `multiples` has given."""
+        """Codes, uint8, of multiples of the scale that codes stand for."""
         if self.table is None:
             return (multiples + self.zero).to(torch.uint8)
         return torch.bucketize(multiples, self.table.to(multiples.dtype)).to(torch.uint8)

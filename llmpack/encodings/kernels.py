@@ -8,32 +8,19 @@ its numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Floats: TypeAlias = NDArray[np.float32]
+from llmpack.compiled import LANES, compiled
 
-LANES = 64
+Floats: TypeAlias = NDArray[np.float32]
 
 WHOLE = np.float32(3 << 22)
 """Added and taken away again, it leaves a number of less than 2^22 rounded to a whole one, half to even."""
 
 f32 = np.float32
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """The function as machine code, made at its first call and kept on disk where numba finds a folder for it.
-
-    It runs beside other threads, and division by zero gives what IEEE says.
-    """
-    try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy")
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(function, nogil=True, error_model="numpy")
 
 
 class Rounding(NamedTuple):

@@ -213,7 +213,7 @@ def _rounding(specs: list[TensorSpec], walk: Walk) -> tuple[Part, ...]:
     largest = max(spec.parameters for spec in specs)
     if not walk.factored:
         return (Part("one matrix and its codes", 8 * largest + _search(largest)),)
-    tile = min(rows, rows_at_once(columns)) * columns
+    tile = min(rows, AT_ONCE * rows_at_once(columns)) * columns
     ordered = 5 * largest if specs[0].encoding in ORDERED_NAMES else 0
     return (
         Part("matrices and their codes", 5 * numbers),

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from llmpack.compiled import LANES, compiled
 from llmpack.encodings import kernels
-from llmpack.encodings.kernels import LANES, Rounding, compiled
+from llmpack.encodings.kernels import Rounding
 from llmpack.encodings.legacy import IQ4_TABLE
 from llmpack.encodings.steps import lookup
 
