@@ -103,7 +103,7 @@ def round_together(
         columns = _Columns.of([weights[at][rows] for at, rows in pieces], some, factor.order, factor.upper.dtype)
         codes, sums = _nearest_plane(columns, factor)
         lengths = [rows.stop - rows.start for _, rows in pieces]
-        for (at, rows), part in zip(pieces, codes.split(lengths, dim=1), strict=True):
+        for (at, rows), part in zip(pieces, torch.split(codes, lengths, dim=1), strict=True):
             finished[at].codes[rows] = part.index_select(0, place).T
         return sums.split(lengths)
 
@@ -249,6 +249,7 @@ def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, 
     error   filled
     """
     multiples = torch.empty_like(weight)
+    ends = [torch.as_tensor(end, dtype=weight.dtype) for end in levels.ends]
     table = weight.new_empty(0) if levels.table is None else levels.table.to(weight.dtype)
     arrays = (
         slope.contiguous(),
@@ -256,7 +257,7 @@ def _round_block(levels: Levels, slope: Tensor, weight: Tensor, target: Tensor, 
         weight,
         levels.scale,
         weight.new_zeros(1, 1) if levels.offset is None else levels.offset,
-        *(torch.atleast_2d(torch.as_tensor(end, dtype=weight.dtype)) for end in levels.ends),
+        *(end if end.ndim else end.view(1, 1) for end in ends),
         (table[1:] + table[:-1]) / 2,
         table,
         error,

@@ -104,8 +104,8 @@ class Groups:
     @property
     def rounding(self) -> kernels.Rounding:
         """How numbers are rounded now."""
-        numbers = (self._offset, self._inverse, self.low, self.high)
-        return kernels.Rounding(*(part.contiguous().numpy() for part in numbers), *self._table)
+        offset, inverse = self._offset.contiguous().numpy(), self._inverse.numpy()
+        return kernels.Rounding(offset, inverse, self.low.numpy(), self.high.numpy(), *self._table)
 
     @property
     def q(self) -> Tensor:
