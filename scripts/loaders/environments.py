@@ -26,13 +26,17 @@ VARIABLES = {
 """What a loader sees. What GPTQModel hands to the compiler gives the same numbers uncompiled, minutes sooner."""
 
 
-def environment(packages: tuple[str, ...], cache: Path) -> Path:
+def environment(packages: tuple[str, ...], cache: Path, project: Path | None = None) -> Path:
     """The Python of an environment with these packages and torch, made unless a run before did.
+
+    project  a folder whose code is to run there as it stands, with what it needs to build
 
     Raises CalledProcessError with pip's complaint in `stderr`.
     """
     wanted = [TORCH, *packages]
-    folder = cache / hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+    needs = [] if project is None else [(project / "pyproject.toml").read_text()]
+    wanted += [] if project is None else ["-e", f"{project}[build]"]
+    folder = cache / hashlib.sha256("\n".join([*wanted, *needs]).encode()).hexdigest()[:16]
     python, whole = folder / "bin/python", folder / "made"
     if not whole.is_file():
         print(f"making an environment of {', '.join(wanted)}", file=sys.stderr)
