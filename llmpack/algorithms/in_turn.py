@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from llmpack.compiled import LANES, compiled
-
-Array = np.ndarray[Any, Any]
+from llmpack.compiled import LANES, Array, compiled, put_lanes, take_lanes
 
 WHOLE32, WHOLE64 = float(3 << 22), float(3 << 51)
 """Added and taken away again in float32 or float64, they leave a small number rounded to a whole one, half to even."""
 
 
 @compiled
-def _lanes(source: Array, start: int, target: Array) -> None:
-    """Copy some rows of a column; what is missing at the end is 0."""
-    width = min(LANES, len(source) - start)
-    for i in range(width):
-        target[i] = source[start + i]
-    for i in range(width, LANES):
-        target[i] = 0
-
-
-@compiled
-def _ends(source: Array, k: int, start: int, target: Array) -> None:
-    """The same of an array of one number for all."""
+def _column(source: Array, k: int, start: int, target: Array) -> None:
+    """`take_lanes` of column k, or the one number that there is."""
     if source.size == 1:
         for i in range(LANES):
             target[i] = source[0, 0]
     else:
-        _lanes(source[k], start, target)
-
-
-@compiled
-def _put(source: Array, start: int, target: Array) -> None:
-    for i in range(min(LANES, len(target) - start)):
-        target[start + i] = source[i]
+        take_lanes(source[k], start, target)
 
 
 @compiled
@@ -105,12 +85,12 @@ def round_in_turn(
     shift, lows, highs = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
     for first in range(0, target.shape[1], LANES):
         for k in range(n):
-            _lanes(target[k], first, now)
-            _lanes(weight[k], first, own)
-            _lanes(scale[k], first, scales)
-            _ends(offset, k, first, shift)
-            _ends(low, k, first, lows)
-            _ends(high, k, first, highs)
+            take_lanes(target[k], first, now)
+            take_lanes(weight[k], first, own)
+            take_lanes(scale[k], first, scales)
+            _column(offset, k, first, shift)
+            _column(low, k, first, lows)
+            _column(high, k, first, highs)
             _shift(slope[k], errors, k, now)
             for i in range(LANES):
                 found = (now[i] - shift[i]) / scales[i]
@@ -118,6 +98,6 @@ def round_in_turn(
             _nearest(ratio, lows, highs, middles, table)
             for i in range(LANES):
                 errors[k, i] = own[i] - (ratio[i] * scales[i] + shift[i])
-            _put(now, first, target[k])
-            _put(errors[k], first, error[k])
-            _put(ratio, first, multiples[k])
+            put_lanes(now, first, target[k])
+            put_lanes(errors[k], first, error[k])
+            put_lanes(ratio, first, multiples[k])

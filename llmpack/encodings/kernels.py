@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmpack.compiled import LANES, compiled
+from llmpack.compiled import LANES, compiled, put_lanes, take_lanes
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -62,23 +62,6 @@ def _strip(source: Floats, start: int, target: Floats) -> None:
 
 
 @compiled
-def _lanes(source: Floats, start: int, target: Floats) -> None:
-    """As `_strip`, of one number per group."""
-    width = min(LANES, source.shape[0] - start)
-    for k in range(width):
-        target[k] = source[start + k]
-    for k in range(width, LANES):
-        target[k] = f32(0)
-
-
-@compiled
-def _put(source: Floats, start: int, target: Floats) -> None:
-    """Inverse of `_lanes`."""
-    for k in range(min(LANES, target.shape[0] - start)):
-        target[start + k] = source[k]
-
-
-@compiled
 def _part(rounding: Rounding) -> Any:
     """A rounding for one strip, its numbers still to be filled in."""
     return Rounding(_lane(), _lane(), _lane(), _lane(), rounding.first, rounding.table)
@@ -86,10 +69,10 @@ def _part(rounding: Rounding) -> Any:
 
 @compiled
 def _lanes_of(rounding: Rounding, start: int, part: Rounding) -> None:
-    _lanes(rounding.offset, start, part.offset)
-    _lanes(rounding.inverse, start, part.inverse)
-    _lanes(rounding.low, start, part.low)
-    _lanes(rounding.high, start, part.high)
+    take_lanes(rounding.offset, start, part.offset)
+    take_lanes(rounding.inverse, start, part.inverse)
+    take_lanes(rounding.low, start, part.low)
+    take_lanes(rounding.high, start, part.high)
 
 
 @compiled
@@ -200,8 +183,8 @@ def errors(x: Floats, w: Floats, scales: Floats, offsets: Floats, rounding: Roun
         _strip(w, start, weights)
         _lanes_of(rounding, start, part)
         for tried in range(len(scales)):
-            _lanes(scales[tried], start, scale)
-            _lanes(offsets[tried], start, offset)
+            take_lanes(scales[tried], start, scale)
+            take_lanes(offsets[tried], start, offset)
             for k in range(LANES):
                 inverse[k] = _quotient(f32(1), scale[k])
             _round(some, part, q)
@@ -210,7 +193,7 @@ def errors(x: Floats, w: Floats, scales: Floats, offsets: Floats, rounding: Roun
                     missed = q[i, k] * scale[k] + offset[k] - some[i, k]
                     q[i, k] = missed * missed * weights[i, k]
             _fold(q, total)
-            _put(total, start, out[tried])
+            put_lanes(total, start, out[tried])
 
 
 @compiled
@@ -226,11 +209,11 @@ def sums(x: Floats, w: Floats, a: Floats, rounding: Rounding, out: Floats) -> No
         _lanes_of(rounding, start, part)
         _round(some, part, q)
         _sum(weights, q, terms, total)
-        _put(total, start, out[0])
+        put_lanes(total, start, out[0])
         _square(weights, q, terms, total)
-        _put(total, start, out[1])
+        put_lanes(total, start, out[1])
         _sum(other, q, terms, total)
-        _put(total, start, out[2])
+        put_lanes(total, start, out[2])
 
 
 @compiled
@@ -246,7 +229,7 @@ def best_scales(
         _strip(x, start, some)
         _strip(w, start, weights)
         _strip(wx, start, products)
-        _lanes(extreme, start, ends)
+        take_lanes(extreme, start, ends)
         _lanes_of(rounding, start, part)
         scale[:] = f32(0)
         gain[:] = f32(0)
@@ -262,7 +245,7 @@ def best_scales(
                 better = gained > gain[k]
                 scale[k] = found if better else scale[k]
                 gain[k] = gained if better else gain[k]
-        _put(scale, start, out)
+        put_lanes(scale, start, out)
 
 
 @compiled
@@ -293,14 +276,14 @@ def best_lines(
         _strip(x, start, some)
         _strip(w, start, weights)
         _strip(centred, start, products)
-        _lanes(mean, start, means)
-        _lanes(weight, start, totals)
-        _lanes(least, start, starts)
-        _lanes(span, start, spans)
+        take_lanes(mean, start, means)
+        take_lanes(weight, start, totals)
+        take_lanes(least, start, starts)
+        take_lanes(span, start, spans)
         _lanes_of(rounding, start, part)
-        _lanes(line[0], start, scale)
-        _lanes(line[1], start, base)
-        _lanes(line[2], start, gain)
+        take_lanes(line[0], start, scale)
+        take_lanes(line[1], start, base)
+        take_lanes(line[2], start, gain)
         for tried in range(len(codes)):
             for k in range(LANES):
                 step = spans[k] / codes[tried]
@@ -316,9 +299,9 @@ def best_lines(
                 scale[k] = steep if better else scale[k]
                 base[k] = through if better else base[k]
                 gain[k] = gained if better else gain[k]
-        _put(scale, start, line[0])
-        _put(base, start, line[1])
-        _put(gain, start, line[2])
+        put_lanes(scale, start, line[0])
+        put_lanes(base, start, line[1])
+        put_lanes(gain, start, line[2])
 
 
 @compiled
