@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from llmpack.lazy import LazyModule
+
+numba: Any = LazyModule("numba")  # where it is missing, the error names the extra that brings it
 
 LANES = 64
 """Columns (groups, rows) that a loop takes at a time, into buffers that the innermost cache holds. A processor computes
 one of them in each lane of its registers."""
-
 
 Array = np.ndarray[Any, Any]
 

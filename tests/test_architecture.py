@@ -21,8 +21,8 @@ FLOORS = (
     {"runtime"},
     {"algorithms", "checkpoint"},
     {"encodings"},
-    {"registry", "process", "parallel"},
-    {"lazy", "gpu", "compiled"},
+    {"registry", "process", "parallel", "compiled"},
+    {"lazy", "gpu"},
     {"errors", "units", "documented", "digest", "progress", "profile", "allocator", "torchvision_operators"},
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
