@@ -78,14 +78,20 @@ def test_a_walk_begun_in_one_way_does_not_go_on_in_the_other(checkpoint, text, t
 
 
 @pytest.mark.parametrize(
-    ("asked", "there", "found"), [("auto", False, "f32"), ("auto", True, "bf16"), ("f32", True, "f32")]
+    ("asked", "there", "processor", "found"),
+    [
+        ("auto", False, "cpu", "f32"),
+        ("auto", True, "cpu", "bf16"),
+        ("f32", True, "cpu", "f32"),
+        ("auto", True, "cuda", "f32"),
+    ],
 )
-def test_what_auto_takes(asked, there, found, monkeypatch):
+def test_what_auto_takes(asked, there, processor, found, monkeypatch):
     monkeypatch.setattr("llmpack.steps.quantize_gptq.has_bf16", lambda: there)
-    assert STEPS.load("quantize.gptq")(use="quantize.gptq", products=asked)._products() == found
+    assert STEPS.load("quantize.gptq")(use="quantize.gptq", products=asked)._products(processor) == found
 
 
 def test_bf16_is_not_imitated(monkeypatch):
     monkeypatch.setattr("llmpack.steps.quantize_gptq.has_bf16", lambda: False)
     with pytest.raises(EnvironmentProblem, match='set products = "f32"'):
-        STEPS.load("quantize.gptq")(use="quantize.gptq", products="bf16")._products()
+        STEPS.load("quantize.gptq")(use="quantize.gptq", products="bf16")._products("cpu")
