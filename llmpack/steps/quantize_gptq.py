@@ -60,7 +60,7 @@ class QuantizeGptq(Quantize):
     are those that it will really see: outputs of the blocks rounded before it.
     """
 
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     engine: Literal["native", "gptqmodel"] = "native"
     """Who rounds: llmpack block by block, or GPTQModel (extra `gptq`), which makes int groups of the whole model at
