@@ -1,8 +1,8 @@
 """The kernels of llama.cpp timed on this machine, with blank models: what `target.speed_model` predicts from.
 
-Three kinds of model: wide matrices, for the rates of an encoding; many heads and nearly no weights, for attention and
-for the overhead of a block; and a narrow one, where what is no product of matrices weighs most. Each timing is the best
-of several: other load only ever adds.
+Four kinds of model: wide matrices, for the rates of an encoding; many heads and few weights, for attention; a narrow
+one, where what is no product of matrices weighs most; and one with nearly no weights at all, for the overhead of a
+block. Each timing is the best of several: other load only ever adds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import NumericalError
@@ -20,29 +21,36 @@ from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.blank_model import Shape, write_blank_model
 from llmpack.target.device import AttentionRate, Kernel
 from llmpack.target.outline import Outline
-from llmpack.target.speed_model import Rates, elements
+from llmpack.target.speed_model import Rates, elements, written_pairs
 
 ENCODINGS = ("f16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 KV_TYPES = ("f16", "q8_0", "q4_0")
-HEAD_WIDTHS = (64, 128)
-SHORT, LONG = 512, 2048
+HEAD_WIDTHS = (64, 96, 128, 256)
+"""Kernels may step over 32 to 128 numbers at once and take what is left over one by one, so that 96 take longer than
+128: time is not linear in the width."""
+FIRST, SHORT = 16, 512
 WRITTEN = 24
-BEST_OF = 3
+LONG = 2048 - WRITTEN
+"""With what is written after it this fills a cache, of which llama.cpp then gives all threads equal parts."""
+BEST_OF, BEST_OF_LONG = 3, 2
+_MIDDLE = (WRITTEN + 1) // 2
 
 WIDE = Shape(hidden=2048, ffn=5632, blocks=4, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
 """176 million weights: far more bytes than caches hold, in any encoding."""
 NARROW = Shape(hidden=512, ffn=1408, blocks=8, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
+EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
 
 
 def heads_model(head_dim: int) -> Shape:
-    """1024 rows of queries in each block and nearly no weights: writing a token takes the time of its overhead."""
-    return Shape(hidden=64, ffn=64, blocks=8, heads=1024 // head_dim, kv_heads=256 // head_dim,
-                 head_dim=head_dim, vocab=256, context=LONG + 256)  # fmt: skip
+    """Heads for 512 to 1024 rows of queries in each block, four for each key and value, and few weights."""
+    groups = max(1, 256 // head_dim)
+    return Shape(hidden=64, ffn=64, blocks=8, heads=4 * groups, kv_heads=groups, head_dim=head_dim, vocab=256,
+                 context=LONG + 256)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Best seconds of one model: to read `SHORT` and `LONG` tokens, and to write one after few and after `LONG`."""
+    """Best seconds of one model: to read `SHORT` and `LONG` tokens, and to write one after `FIRST` and after `LONG`."""
 
     outline: Outline
     short: float
@@ -55,41 +63,45 @@ def time_kernels(
     threads: int,
     encodings: Sequence[str] = ENCODINGS,
     kv_types: Sequence[str] = KV_TYPES,
+    widths: Sequence[int] = HEAD_WIDTHS,
     progress: Progress = QUIET,
 ) -> Rates:
-    """Time kernels with so many threads.
+    """Time kernels with so many threads; attention at some widths of heads.
 
     f16 is always among the encodings. Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that
     fit no rates.
     """
     names = list(dict.fromkeys(("f16", *encodings)))
-    steps = len(names) + 1 + len(kv_types) * len(HEAD_WIDTHS)
+    steps = len(names) + 1 + len(dict.fromkeys(("f16", *kv_types))) * len(widths)
     weights: dict[str, Timing] = {}
     heads: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory(prefix="llmpack-") as folder, progress.task("timing kernels", steps) as done:
-        for width in HEAD_WIDTHS:
+        for width in widths:
             path = write_blank_model(Path(folder, f"heads-{width}.gguf"), heads_model(width), "f16")
             for kv in dict.fromkeys(("f16", *kv_types)):
                 settings = RuntimeSettings.model_validate({"threads": threads, "kv": kv})
                 heads[f"{kv}@{width}"] = _time_heads(path, settings)
                 done(1)
         settings = RuntimeSettings(threads=threads, load="no-mmap")
-        narrow = _time_weights(write_blank_model(Path(folder, "narrow.gguf"), NARROW, "f16"), settings)
+        empty, narrow = (
+            _time_weights(write_blank_model(Path(folder, "small.gguf"), shape, "f16"), settings)
+            for shape in (EMPTY, NARROW)
+        )
         done(1)
         for name in names:
             path = write_blank_model(Path(folder, "wide.gguf"), WIDE, name)
             weights[name] = _time_weights(path, settings)
             path.unlink()
             done(1)
-    return solve(weights, narrow, heads)
+    return solve(weights, narrow, empty, heads, threads)
 
 
 def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
     with LlamaRuntime() as runtime:
         runtime.open(path, settings, LONG + 64)
         runtime.time_prefill(_tokens(64))
-        short, first = _best(runtime, SHORT, 0)[0], _best(runtime, 16, WRITTEN)[1]
-        long, last = _best(runtime, LONG, WRITTEN)
+        short, first = _best(runtime, SHORT, 0)[0], _best(runtime, FIRST, WRITTEN)[1]
+        long, last = _best(runtime, LONG, WRITTEN, BEST_OF_LONG)
     return Timing(Outline.of_gguf(GgufFile.open(path)), short, long, first, last)
 
 
@@ -98,7 +110,7 @@ def _time_weights(path: Path, settings: RuntimeSettings) -> Timing:
         runtime.open(path, settings, SHORT + 64)
         runtime.time_prefill(_tokens(64))
         short = _best(runtime, SHORT, 0)[0]
-        first = _best(runtime, 16, WRITTEN)[1]
+        first = _best(runtime, FIRST, WRITTEN)[1]
     return Timing(Outline.of_gguf(GgufFile.open(path)), short, short, first, first)
 
 
@@ -106,53 +118,67 @@ def _tokens(count: int) -> list[int]:
     return [7 * index % 256 for index in range(count)]
 
 
-def _best(runtime: LlamaRuntime, prompt: int, written: int) -> tuple[float, float]:
+def _best(runtime: LlamaRuntime, prompt: int, written: int, times: int = BEST_OF) -> tuple[float, float]:
     """Best seconds of a prompt, and of a token after it: of the tokens of one run the median counts."""
     reads, writes = [], []
-    for _ in range(BEST_OF):
+    for _ in range(times):
         reads.append(runtime.time_prefill(_tokens(prompt)))
         if written:
-            times = sorted(runtime.time_decode(_tokens(written)))
-            writes.append(times[len(times) // 2])
+            writes.append(median(runtime.time_decode(_tokens(written))))
     return min(reads), min(writes, default=0.0)
 
 
-def solve(weights: Mapping[str, Timing], narrow: Timing, heads: Mapping[str, Timing]) -> Rates:
+def solve(
+    weights: Mapping[str, Timing], narrow: Timing, empty: Timing, heads: Mapping[str, Timing], threads: int
+) -> Rates:
     """The rates that explain the timings; `weights` are those of `WIDE` by encoding, `heads` by cache and width.
 
     Raises NumericalError where no rates do.
     """
-    attention = {name: _attention(name, timing) for name, timing in heads.items()}
-    plain = Rates({}, attention, 1.0, 0.0)
-    some = next(iter(heads.values()))
-    overhead = _positive("a block", some.first) / some.outline.blocks
+    attention = {name: _attention(name, timing, threads) for name, timing in heads.items()}
+    plain = Rates({}, attention, 1.0, 0.0, threads)
     # two unknowns, two timings of f16: seconds of an operation, and of a number that is in no product
     (a, b, x), (c, d, y) = (
-        (SHORT * _operations(t.outline), SHORT * elements(t.outline), t.short - _attention_seconds(t.outline, plain))
+        (SHORT * _operations(t.outline), SHORT * elements(t.outline), t.short - _reading(t.outline, plain))
         for t in (weights["f16"], narrow)
     )
     per_element = _positive("what is no product", (a * y - x * c) / (a * d - b * c))
+    # and the same when writing: seconds of a byte, and of a block
+    (a, b, x), (c, d, y) = (
+        (t.outline.nbytes, t.outline.blocks, t.first - _writing(t.outline, plain)) for t in (weights["f16"], empty)
+    )
+    overhead = _positive("a block", (a * y - x * c) / (a * d - b * c))
     kernels = {}
     for name, timing in weights.items():
-        others = _attention_seconds(timing.outline, plain) + SHORT * elements(timing.outline) * per_element
+        others = _reading(timing.outline, plain) + SHORT * elements(timing.outline) * per_element
         reading = _positive(f"products in {name}", timing.short - others)
-        writing = _positive(f"writing in {name}", timing.first - overhead * timing.outline.blocks)
+        others = _writing(timing.outline, plain) + overhead * timing.outline.blocks
+        writing = _positive(f"writing in {name}", timing.first - others)
         kernels[name] = Kernel.of(timing.outline.nbytes / writing, SHORT * _operations(timing.outline) / reading)
-    return Rates(kernels, attention, 1 / per_element, overhead)
+    return Rates(kernels, attention, 1 / per_element, overhead, threads)
 
 
-def _attention(name: str, timing: Timing) -> AttentionRate:
+def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
     """Rates of attention: everything that is linear in the length of the prompt cancels."""
-    rows = timing.outline.head_rows * timing.outline.blocks
-    ratio = LONG / SHORT
+    outline, kv = timing.outline, name.partition("@")[0]
+    rows, ratio = outline.head_rows * outline.blocks, LONG / SHORT
+    few, many = (written_pairs(kv, outline.heads, after + _MIDDLE, threads) for after in (FIRST, LONG))
     reading = _positive(f"attention over {name}", timing.long - ratio * timing.short)
     writing = _positive(f"attention over {name}", timing.last - timing.first)
-    return AttentionRate.of(4 * rows * (LONG - 16) / writing, 2 * rows * (LONG**2 - ratio * SHORT**2) / reading)
+    operations = 4 * rows * (many - few) / outline.heads
+    return AttentionRate.of(operations / writing, 2 * rows * (LONG**2 - ratio * SHORT**2) / reading)
 
 
-def _attention_seconds(outline: Outline, rates: Rates) -> float:
+def _reading(outline: Outline, rates: Rates) -> float:
+    """Seconds of attention over a short prompt."""
     pair = rates.pair_seconds("f16", outline.head_rows / outline.heads, prefill=True)
     return pair * outline.heads * outline.blocks * SHORT * (SHORT + 1) / 2
+
+
+def _writing(outline: Outline, rates: Rates) -> float:
+    """Seconds of attention of a token after few."""
+    pair = rates.pair_seconds("f16", outline.head_rows / outline.heads, prefill=False)
+    return pair * outline.blocks * written_pairs("f16", outline.heads, FIRST + _MIDDLE, rates.threads)
 
 
 def _operations(outline: Outline) -> float:

@@ -97,7 +97,7 @@ def with_runtime(found: Device, progress: Progress = QUIET) -> Device:
 
 def with_rates(found: Device, rates: Rates) -> Device:
     """The device with these rates of its kernels."""
-    how = "llama.cpp on blank models with every core, best of three"
+    how = "llama.cpp on blank models with every core, best of several"
     timed: dict[str, object] = {
         "kernels": {name: kernel.model_dump(mode="json") for name, kernel in rates.kernels.items()},
         "attention": {name: rate.model_dump(mode="json") for name, rate in rates.attention.items()},

@@ -9,14 +9,19 @@
                       + the head, once
 
 Rates are of all cores together. They come from `target.kernel_rates`, which times blank models of other shapes than
-those that are predicted. Attention is timed at two widths of heads; between and beyond them, the time of one pair of
-a query and a key is taken to be linear in the width.
+those that are predicted. Attention is timed at some widths of heads; between two of them the time of one pair of a
+query and a key is taken to be linear in the width, beyond them the rate to be that of the nearest. While a token is
+written, threads wait for the one that has most of its attention: llama.cpp shares out heads or, over a long cache in
+f16, places of the cache (`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.device import AttentionRate, Device, Kernel
@@ -24,6 +29,13 @@ from llmpack.target.outline import Outline
 
 DECODE_ERROR, PREFILL_ERROR = 0.15, 0.25
 """How wrong a prediction from timed kernels is taken to be, as a share: what is aimed at, not yet what was measured."""
+
+CACHE_STEP = 256
+"""Places of the cache that attention looks at are a multiple of this."""
+SHARED_PLACES = 512
+"""From so many places on, those of a cache in f16 are shared out among threads in place of heads."""
+CHUNKS = 4
+"""Runs of heads for each thread; whoever has finished one takes the next."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +46,14 @@ class Rates:
     attention   by type of the cache and width of a head ("f16@64"): operations per second in both
     elementwise numbers per second in everything that is no product of matrices, when reading
     overhead    seconds of a block for each written token
+    threads     that were timed
     """
 
     kernels: Mapping[str, Kernel]
     attention: Mapping[str, AttentionRate]
     elementwise: float
     overhead: float
+    threads: int = 1
 
     @classmethod
     def of(cls, device: Device) -> Rates | None:
@@ -53,7 +67,7 @@ class Rates:
         )
         if kernels is None or attention is None or others is None or overhead is None:
             return None
-        return cls(kernels.value, attention.value, others.value, overhead.value)
+        return cls(kernels.value, attention.value, others.value, overhead.value, device.cores or 1)
 
     def lacks(self, outline: Outline, settings: RuntimeSettings) -> str:
         """What was not timed and is needed for this model, as a reason; empty if nothing is missing."""
@@ -61,7 +75,7 @@ class Rates:
         unknown = sorted(encodings - self.kernels.keys())
         if unknown:
             return f"the kernels of {', '.join(unknown)} were not timed"
-        if len(_widths(self.attention, settings.kv)) < 2:
+        if not _widths(self.attention, settings.kv):
             return f"attention over a cache in {settings.kv} was not timed"
         if settings.flash_attention == "off":
             return "attention without flash attention was not timed"
@@ -70,14 +84,18 @@ class Rates:
     def pair_seconds(self, kv: str, head_dim: float, *, prefill: bool) -> float:
         """Seconds of one query head over one cached key and value."""
         widths = _widths(self.attention, kv)
-        low, high = widths[0], widths[-1]
 
         def seconds(width: int) -> float:
             kernel = self.attention[f"{kv}@{width}"]
             return 4 * width / (kernel.prefill if prefill else kernel.decode)
 
-        slope = (seconds(high) - seconds(low)) / (high - low)
-        return max(seconds(low) + slope * (head_dim - low), 0.1 * seconds(low))
+        above = bisect_left(widths, head_dim)
+        if above in (0, len(widths)):
+            nearest = widths[0 if above == 0 else -1]
+            return seconds(nearest) * head_dim / nearest
+        low, high = widths[above - 1], widths[above]
+        share = (head_dim - low) / (high - low)
+        return (1 - share) * seconds(low) + share * seconds(high)
 
 
 def _widths(attention: Mapping[str, AttentionRate], kv: str) -> list[int]:
@@ -92,8 +110,28 @@ def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, ra
         if len(tensor.shape) > 1 and (outline.tied or tensor.part != "embedding")
     )
     pair = rates.pair_seconds(settings.kv, outline.head_rows / outline.heads, prefill=False)
-    seen = sum(context if kept.window is None else min(context, kept.window) for kept in outline.kept)
-    return weights + pair * outline.heads * seen + rates.overhead * outline.blocks
+    seen = (context if kept.window is None else min(context, kept.window) for kept in outline.kept)
+    pairs = sum(written_pairs(settings.kv, outline.heads, places, rates.threads) for places in seen)
+    return weights + pair * pairs + rates.overhead * outline.blocks
+
+
+def written_pairs(kv: str, heads: int, seen: int, threads: int) -> float:
+    """Pairs of a query head and a key that a block takes time for when a token is written: those of the thread that has
+    most, times the threads."""
+    places = CACHE_STEP * ceil(seen / CACHE_STEP)
+    if kv == "f16" and places >= SHARED_PLACES:
+        return float(heads * min(seen, ceil(places / threads)) * threads)
+    return float(_most_heads(heads, threads) * seen * threads)
+
+
+def _most_heads(heads: int, threads: int) -> int:
+    """Heads of the thread that gets most: runs of equal length, each for the thread that is free first."""
+    runs = ceil(heads / ceil(heads / (CHUNKS * threads)))
+    length = ceil(heads / (threads if threads == 1 or runs < threads else runs))
+    taken = [0] * threads
+    for start in range(0, heads, length):
+        heapq.heapreplace(taken, taken[0] + min(length, heads - start))
+    return max(taken)
 
 
 def prefill_seconds(outline: Outline, settings: RuntimeSettings, tokens: int, rates: Rates) -> float:
