@@ -1,7 +1,7 @@
 """How far the predictions of one model are from those of another, token by token, in nats.
 
 ``KL(p || q) = sum_v p_v (log p_v - log q_v)`` with p the original model and q the changed one. Logits come in
-float32; every sum runs in float64, over a few tokens at a time.
+float32; every sum runs in float64.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmpack.errors import NumericalError
+from llmpack.parallel import each, even
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
+
+    from llmpack.algorithms import row_by_row
 else:
     from llmpack.lazy import LazyModule
 
+    np = LazyModule("numpy")
     torch = LazyModule("torch")
+    row_by_row = LazyModule("llmpack.algorithms.row_by_row")
 
 CHUNK = 64
-"""Tokens whose logits are held in float64 at once (25 MB each at a vocabulary of 50k)."""
+"""Tokens that a thread compares at once."""
 
 NORMAL_95 = 1.6448536269514722
 """One-sided 95 % point of the normal distribution."""
@@ -40,6 +46,12 @@ class Comparison:
     kl: Tensor
     agree: Tensor
     excess: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[Comparison]) -> Comparison:
+        """One stretch of text that was compared in parts."""
+        columns = ([part.kl for part in parts], [part.agree for part in parts], [part.excess for part in parts])
+        return cls(*(torch.cat(column) for column in columns))
 
 
 @dataclass(frozen=True)
@@ -87,37 +99,35 @@ def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
     Raises NumericalError for logits that are not finite.
     """
-    _same_shape(logits_p, logits_q)
-    parts = [_kl(p, q, at * CHUNK) for at, (p, q) in enumerate(zip(_chunks(logits_p), _chunks(logits_q), strict=True))]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return compare(logits_p, logits_q, torch.zeros(0, dtype=torch.int64)).kl
 
 
-def top1_agreement(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """[tokens] bool: whether both have the same most likely token (the first one, where several tie)."""
-    _same_shape(logits_p, logits_q)
-    return logits_p.argmax(-1) == logits_q.argmax(-1)
-
-
-def surprise(logits: Tensor, targets: Tensor) -> Tensor:
-    """``-log p(target)`` of every token: [tokens, vocabulary], [tokens] int64 to [tokens] float64, nats.
-
-    The mean of it is the logarithm of the perplexity.
-    """
-    parts = []
-    for chunk, wanted in zip(_chunks(logits), _chunks(targets), strict=True):
-        wide = chunk.to(torch.float64)
-        parts.append(torch.logsumexp(wide, -1) - wide.gather(-1, wanted[:, None])[:, 0])
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-def compare(logits_p: Tensor, logits_q: Tensor, tokens: Tensor) -> Comparison:
+def compare(logits_p: Tensor, logits_q: Tensor, targets: Tensor) -> Comparison:
     """Original against changed model on one stretch of text.
 
-    logits  [tokens, vocabulary] float32; row t predicts what follows token t
-    tokens  [tokens] int64, the text itself; the last row has no known target
+    logits   [tokens, vocabulary] float32; row t predicts what follows token t
+    targets  int64, what follows the first tokens: the last of a text has no successor
+
+    Raises NumericalError for logits that are not finite.
     """
-    excess = surprise(logits_q[:-1], tokens[1:]) - surprise(logits_p[:-1], tokens[1:])
-    return Comparison(kl_divergence(logits_p, logits_q), top1_agreement(logits_p, logits_q), excess)
+    if logits_p.shape != logits_q.shape or logits_p.dim() != 2:
+        raise ValueError(f"logits [tokens, vocabulary] differ in shape: {[*logits_p.shape]} and {[*logits_q.shape]}")
+    count = len(logits_p)
+    kl, agree, excess = np.empty(count), np.empty(count, bool), np.empty(count)
+    wanted = np.zeros(count, np.int64)
+    wanted[: len(targets)] = targets.numpy()
+    p, q = logits_p.detach().numpy(), logits_q.detach().numpy()
+
+    def rows(part: slice) -> None:
+        row_by_row.compare_rows(p[part], q[part], wanted[part], kl[part], agree[part], excess[part])
+
+    if count:
+        each(rows, even(count, CHUNK))
+    bad = np.flatnonzero(~np.isfinite(kl))
+    if len(bad):
+        raise NumericalError(f"logits of token {bad[0]} are not finite; the model is damaged")
+    np.maximum(kl, 0, out=kl)
+    return Comparison(*map(torch.from_numpy, (kl, agree, excess[: len(targets)])))
 
 
 @dataclass(frozen=True)
@@ -155,23 +165,6 @@ def _stderr_of_mean(units: Sequence[Tensor]) -> float:
     sizes = torch.tensor([unit.numel() for unit in units], dtype=torch.float64)
     residual = sums - sums.sum() / sizes.sum() * sizes
     return math.sqrt(count / (count - 1) * float((residual**2).sum())) / float(sizes.sum())
-
-
-def _kl(p: Tensor, q: Tensor, first: int) -> Tensor:
-    p, q = p.to(torch.float64), q.to(torch.float64)
-    bad = ~(torch.isfinite(p).all(-1) & torch.isfinite(q).all(-1))
-    if bool(bad.any()):
-        raise NumericalError(f"logits of token {first + int(bad.nonzero()[0])} are not finite; the model is damaged")
-    return Original(torch.log_softmax(p, -1)).kl(q)
-
-
-def _chunks(tokens: Tensor) -> Sequence[Tensor]:
-    return torch.split(tokens, CHUNK) if tokens.shape[0] else ()
-
-
-def _same_shape(logits_p: Tensor, logits_q: Tensor) -> None:
-    if logits_p.shape != logits_q.shape or logits_p.dim() != 2:
-        raise ValueError(f"logits [tokens, vocabulary] differ in shape: {[*logits_p.shape]} and {[*logits_q.shape]}")
 
 
 class Original:
@@ -212,7 +205,8 @@ class Wanted:
         Three passes in float32 and no second distribution, so a ranking of many models is affordable; good to some
         1e-5 nats. `kl_divergence` is exact. Raises NumericalError for logits that are not finite.
         """
-        _same_shape(self.p, logits)
+        if self.p.shape != logits.shape:
+            raise ValueError(f"logits [tokens, vocabulary] differ in shape: {[*self.p.shape]} and {[*logits.shape]}")
         z = logits.to(torch.float32)
         z = z - z.amax(-1, keepdim=True)
         found = torch.logsumexp(z, -1).double() - (self.p * z).sum(-1, dtype=torch.float64) - self.entropy

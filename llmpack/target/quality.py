@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmpack.algorithms.divergence import Comparison, Divergence, kl_divergence, surprise, top1_agreement
+from llmpack.algorithms.divergence import Comparison, Divergence, compare
 from llmpack.checkpoint.atomic import write_atomic
 from llmpack.checkpoint.checkpoint import Checkpoint
 from llmpack.digest import sha256_bytes, sha256_value
@@ -146,17 +146,12 @@ def comparisons(
 def _compare(reference: Reference, index: int, logits: Tensor) -> Comparison:
     """The reference against logits [T, V] of the same sequence, a few tokens at a time."""
     tokens = reference.tokens[index]
-    length = len(tokens)
-    kl, agree, excess = [], [], []
-    for start in range(0, length, CHUNK):
-        rows = slice(start, min(start + CHUNK, length))
-        p, q = reference.logits(index, rows), logits[rows]
-        kl.append(kl_divergence(p, q))
-        agree.append(top1_agreement(p, q))
-        targets = tokens[start + 1 : rows.stop + 1]  # the last token of the text has no successor
-        known = len(targets)
-        excess.append(surprise(q[:known], targets) - surprise(p[:known], targets))
-    return Comparison(torch.cat(kl), torch.cat(agree), torch.cat(excess))
+    parts = []
+    for start in range(0, len(tokens), CHUNK):
+        rows = slice(start, min(start + CHUNK, len(tokens)))
+        following = tokens[start + 1 : rows.stop + 1]  # the last token of the text has no successor
+        parts.append(compare(reference.logits(index, rows), logits[rows], following))
+    return Comparison.joined(parts)
 
 
 def fidelity(

@@ -13,8 +13,6 @@ from llmpack.algorithms.divergence import (
     compare,
     kl_divergence,
     paired_ratio,
-    surprise,
-    top1_agreement,
 )
 from llmpack.errors import NumericalError
 
@@ -66,33 +64,50 @@ def test_many_models_are_compared_with_one_nearly_as_exactly():
         wanted.kl(torch.full((40, 11), math.inf))
 
 
-def test_unequal_shapes_and_infinite_logits_are_errors():
+def test_unequal_shapes_are_errors():
     with pytest.raises(ValueError, match="differ in shape"):
         kl_divergence(logits(3), logits(4))
-    broken = logits(CHUNK + 5)
-    broken[CHUNK + 2, 1] = float("nan")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_logits_that_are_not_finite_are_errors(value, which):
+    pair = [logits(CHUNK + 5), logits(CHUNK + 5, seed=1)]
+    pair[which][CHUNK + 2, 1] = value
     with pytest.raises(NumericalError, match=f"token {CHUNK + 2} "):
-        kl_divergence(logits(CHUNK + 5), broken)
+        kl_divergence(*pair)
 
 
-def test_surprise_and_agreement():
+def slow_surprise(rows, targets):
+    pairs = zip(rows.double().tolist(), targets.tolist(), strict=False)
+    return [-math.log(probabilities(row)[target]) for row, target in pairs]
+
+
+@pytest.mark.parametrize("known", [70, 69, 0])
+def test_a_comparison_pays_for_the_tokens_that_follow(known):
     p, q = logits(70), logits(70, seed=1)
-    targets = torch.arange(70) % 11
-    wanted = [-math.log(probabilities(row)[t]) for row, t in zip(p.double().tolist(), targets.tolist(), strict=True)]
-    assert surprise(p, targets).tolist() == pytest.approx(wanted, rel=1e-12)
-    same = [a.index(max(a)) == b.index(max(b)) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
-    assert top1_agreement(p, q).tolist() == same
-
-
-def test_a_comparison_pays_for_the_token_that_follows():
-    p, q, tokens = logits(12), logits(12, seed=1), torch.arange(12) % 11
-    part = compare(p, q, tokens)
+    p[3, 5] = p[3, 7] = p[3].max() + 1  # a tie: the first of them counts
+    q[3, 5] = q[3].max() + 1
+    targets = (torch.arange(70) % 11)[:known]
+    part = compare(p, q, targets)
     assert part.kl.tolist() == kl_divergence(p, q).tolist()
-    assert part.excess.tolist() == (surprise(q[:-1], tokens[1:]) - surprise(p[:-1], tokens[1:])).tolist()
+    excess = [b - a for a, b in zip(slow_surprise(p, targets), slow_surprise(q, targets), strict=True)]
+    assert part.excess.tolist() == pytest.approx(excess, rel=1e-12, abs=1e-14)
+    same = [a.index(max(a)) == b.index(max(b)) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
+    assert part.agree.tolist() == same
+    assert part.agree[3]
+
+
+def test_parts_of_a_text_are_joined():
+    p, q, targets = logits(12), logits(12, seed=1), torch.arange(11) % 11
+    whole = compare(p, q, targets)
+    joined = Comparison.joined([compare(p[:5], q[:5], targets[:5]), compare(p[5:], q[5:], targets[5:])])
+    for name in ("kl", "agree", "excess"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
 
 
 def test_the_summary_counts_tokens_and_takes_stretches_as_independent():
-    parts = [compare(logits(n, seed=n), logits(n, seed=n + 50), torch.arange(n) % 11) for n in (20, 30, 41)]
+    parts = [compare(logits(n, seed=n), logits(n, seed=n + 50), torch.arange(n - 1) % 11) for n in (20, 30, 41)]
     whole = Divergence.of(parts)
     kl = [v for part in parts for v in part.kl.tolist()]
     assert whole.tokens == 91
