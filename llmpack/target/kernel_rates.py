@@ -7,9 +7,10 @@ block. Each timing is the best of several: other load only ever adds.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -136,13 +137,14 @@ def solve(
     Raises NumericalError where no rates do.
     """
     attention = {name: _attention(name, timing, threads) for name, timing in heads.items()}
-    plain = Rates({}, attention, 1.0, 0.0, threads)
+    plain = Rates({}, attention, math.inf, 0.0, threads)
     # two unknowns, two timings of f16: seconds of an operation, and of a number that is in no product
     (a, b, x), (c, d, y) = (
         (SHORT * _operations(t.outline), SHORT * elements(t.outline), t.short - _reading(t.outline, plain))
         for t in (weights["f16"], narrow)
     )
     per_element = _positive("what is no product", (a * y - x * c) / (a * d - b * c))
+    plain = replace(plain, elementwise=1 / per_element)
     # and the same when writing: seconds of a byte, and of a block
     (a, b, x), (c, d, y) = (
         (t.outline.nbytes, t.outline.blocks, t.first - _writing(t.outline, plain)) for t in (weights["f16"], empty)
@@ -150,12 +152,12 @@ def solve(
     overhead = _positive("a block", (a * y - x * c) / (a * d - b * c))
     kernels = {}
     for name, timing in weights.items():
-        others = _reading(timing.outline, plain) + SHORT * elements(timing.outline) * per_element
+        others = _reading(timing.outline, plain)
         reading = _positive(f"products in {name}", timing.short - others)
         others = _writing(timing.outline, plain) + overhead * timing.outline.blocks
         writing = _positive(f"writing in {name}", timing.first - others)
         kernels[name] = Kernel.of(timing.outline.nbytes / writing, SHORT * _operations(timing.outline) / reading)
-    return Rates(kernels, attention, 1 / per_element, overhead, threads)
+    return replace(plain, kernels=kernels, overhead=overhead)
 
 
 def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
@@ -170,15 +172,17 @@ def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
 
 
 def _reading(outline: Outline, rates: Rates) -> float:
-    """Seconds of attention over a short prompt."""
+    """Seconds of a short prompt that are not those of products."""
     pair = rates.pair_seconds("f16", outline.head_rows / outline.heads, prefill=True)
-    return pair * outline.heads * outline.blocks * SHORT * (SHORT + 1) / 2
+    attention = pair * outline.heads * outline.blocks * SHORT * (SHORT + 1) / 2
+    return attention + SHORT * elements(outline) / rates.elementwise
 
 
 def _writing(outline: Outline, rates: Rates) -> float:
-    """Seconds of attention of a token after few."""
+    """Seconds of a token after few that are not those of reading weights, nor a block's overhead."""
     pair = rates.pair_seconds("f16", outline.head_rows / outline.heads, prefill=False)
-    return pair * outline.blocks * written_pairs("f16", outline.heads, FIRST + _MIDDLE, rates.threads)
+    attention = pair * outline.blocks * written_pairs("f16", outline.heads, FIRST + _MIDDLE, rates.threads)
+    return attention + elements(outline) / rates.elementwise
 
 
 def _operations(outline: Outline) -> float:

@@ -2,6 +2,7 @@
 
     a written token   bytes of weights / rate of their encoding
                       + attention over the cache / rate of its type
+                      + numbers that are no product / rate of such numbers
                       + blocks x overhead
     a read prompt     2 operations per weight and token / rate of the encoding
                       + attention, half masked / rate of the cache's type
@@ -44,7 +45,7 @@ class Rates:
 
     kernels     by encoding: bytes per second when writing, operations per second when reading
     attention   by type of the cache and width of a head ("f16@64"): operations per second in both
-    elementwise numbers per second in everything that is no product of matrices, when reading
+    elementwise numbers per second in everything that is no product of matrices
     overhead    seconds of a block for each written token
     threads     that were timed
     """
@@ -112,7 +113,7 @@ def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, ra
     pair = rates.pair_seconds(settings.kv, outline.head_rows / outline.heads, prefill=False)
     seen = (context if kept.window is None else min(context, kept.window) for kept in outline.kept)
     pairs = sum(written_pairs(settings.kv, outline.heads, places, rates.threads) for places in seen)
-    return weights + pair * pairs + rates.overhead * outline.blocks
+    return weights + pair * pairs + elements(outline) / rates.elementwise + rates.overhead * outline.blocks
 
 
 def written_pairs(kv: str, heads: int, seen: int, threads: int) -> float:
