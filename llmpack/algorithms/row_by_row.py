@@ -1,4 +1,4 @@
-"""Two predictions of each token compared in one pass over the vocabulary (numba)."""
+"""Two predictions of each token compared without a copy of either (numba)."""
 
 from __future__ import annotations
 

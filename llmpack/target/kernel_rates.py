@@ -37,7 +37,7 @@ BEST_OF, BEST_OF_LONG = 3, 2
 _MIDDLE = (WRITTEN + 1) // 2
 
 WIDE = Shape(hidden=2048, ffn=5632, blocks=4, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
-"""176 million weights: far more bytes than caches hold, in any encoding."""
+"""176 million weights: more bytes than caches of small devices hold, in any encoding (those of a server may)."""
 NARROW = Shape(hidden=512, ffn=1408, blocks=8, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
 EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
 

@@ -76,7 +76,7 @@ class Rates:
         unknown = sorted(encodings - self.kernels.keys())
         if unknown:
             return f"the kernels of {', '.join(unknown)} were not timed"
-        if not _widths(self.attention, settings.kv):
+        if len(_widths(self.attention, settings.kv)) < 2:
             return f"attention over a cache in {settings.kv} was not timed"
         if settings.flash_attention == "off":
             return "attention without flash attention was not timed"
