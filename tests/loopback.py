@@ -29,6 +29,7 @@ class Loopback:
     break_after  bytes of standard input of one command after which the connection breaks, once; None for never
     received     bytes of standard input of each command that had any
     commands     every command, in order
+    children     their processes
     """
 
     home: Path
@@ -36,6 +37,7 @@ class Loopback:
     break_after: int | None = None
     received: list[int] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
+    children: list[asyncio.subprocess.Process] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -75,6 +77,7 @@ class Loopback:
             cwd=self.home,
             start_new_session=True,
         )
+        self.children.append(child)
         self.received.append(0)
         index = len(self.received) - 1
 
@@ -111,8 +114,7 @@ class Loopback:
             feeding.cancel()
             if child.returncode is None:
                 os.killpg(child.pid, signal.SIGKILL)
-                await child.wait()
-            child._transport.close()
+            child._transport.close()  # or a wait for its end waits for that of a full pipe, which nobody reads on
 
 
 class _Server(asyncssh.SSHServer):
@@ -140,6 +142,8 @@ def loopback(home: Path, host_key: asyncssh.SSHKey):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for child in found.children:  # here, where no connection that goes down cancels the wait
+            await child.wait()
 
     server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     found.port = server.get_port()
