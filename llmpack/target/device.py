@@ -62,7 +62,7 @@ class Kernel(_Strict):
 
 
 class AttentionRate(_Strict):
-    """How fast llama.cpp attends over a cache of one type with heads of one width, all cores together."""
+    """How fast llama.cpp attends over a cache of one type with heads of one width, of which some share a key."""
 
     decode: Flops
     """Operations per second when tokens are written one at a time."""
@@ -106,7 +106,7 @@ class Figures(_Strict):
     kernels: Figure[dict[str, Kernel]] | None = None
     """Rates of llama.cpp by encoding of the weights, measured by `llmpack device probe --runtime`."""
     attention: Figure[dict[str, AttentionRate]] | None = None
-    """Rates of attention by type of the KV cache and width of a head, such as "f16@64"; likewise."""
+    """Rates of attention by type of the KV cache, width of a head and how many share a key ("f16@64/4"); likewise."""
     elementwise: Figure[Flops] | None = None
     """Numbers per second in everything that is no product of matrices, when a prompt is read; likewise."""
     block_overhead: Figure[Seconds] | None = None
@@ -135,7 +135,10 @@ class Figures(_Strict):
             if info.field_name == "kernels" and name not in ENCODINGS:
                 raise ValueError(f"unknown encoding {name!r}{suggestion(name, list(ENCODINGS))}")
             if info.field_name == "attention" and not _ATTENTION.fullmatch(name):
-                raise ValueError(f"{name!r} is no type of the KV cache with the width of a head, such as 'f16@64'")
+                raise ValueError(
+                    f"{name!r} is no type of the KV cache with the width of a head and how many share a key, such as "
+                    "'f16@64/4'; probe again"
+                )
             for kind in ("decode", "prefill"):
                 value = getattr(rate, kind)
                 if not RATE_BOUNDS[0] <= value <= RATE_BOUNDS[1]:
@@ -157,7 +160,7 @@ class Figures(_Strict):
 
 RATE_BOUNDS = (1e5, 1e16)
 """What a kernel may do in a second at all, in bytes or in operations."""
-_ATTENTION = re.compile(r"(f16|q8_0|q4_0)@[1-9]\d{0,3}")
+_ATTENTION = re.compile(r"(f16|q8_0|q4_0)@[1-9]\d{0,3}/[1-9]\d{0,2}")
 _POSSIBLE = {
     "memory": (64 << 20, 64 << 40),
     "bandwidth": (10**8, 10**13),

@@ -2,7 +2,8 @@
 
 Four kinds of model: wide matrices, for the rates of an encoding; many heads and few weights, for attention; a narrow
 one, where what is no product of matrices weighs most; and one with nearly no weights at all, for the overhead of a
-block. Each timing is the best of several: other load only ever adds.
+block. Each timing is what a measurement would show (see `target.measure`): of the mean of all tokens that are written
+in a row, hiccups and all, the median of several runs.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import NumericalError
@@ -22,18 +24,20 @@ from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.blank_model import Shape, write_blank_model
 from llmpack.target.device import AttentionRate, Kernel
 from llmpack.target.outline import Outline
-from llmpack.target.speed_model import Rates, elements, written_pairs
+from llmpack.target.speed_model import Rates, elements, read_attention, written_attention, written_pairs
 
 ENCODINGS = ("f16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 KV_TYPES = ("f16", "q8_0", "q4_0")
 HEAD_WIDTHS = (64, 96, 128, 256)
 """Kernels may step over 32 to 128 numbers at once and take what is left over one by one, so that 96 take longer than
 128: time is not linear in the width."""
+SHARING = (1, 4)
+"""Query heads for each key and value: the key is fetched from far by the first of them alone."""
 FIRST, SHORT = 16, 512
 WRITTEN = 24
 LONG = 2048 - WRITTEN
 """With what is written after it this fills a cache, of which llama.cpp then gives all threads equal parts."""
-BEST_OF, BEST_OF_LONG = 3, 2
+RUNS = 3
 _MIDDLE = (WRITTEN + 1) // 2
 
 WIDE = Shape(hidden=2048, ffn=5632, blocks=4, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
@@ -42,16 +46,15 @@ NARROW = Shape(hidden=512, ffn=1408, blocks=8, heads=8, kv_heads=2, head_dim=64,
 EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
 
 
-def heads_model(head_dim: int) -> Shape:
-    """Heads for 512 to 1024 rows of queries in each block, four for each key and value, and few weights."""
-    groups = max(1, 256 // head_dim)
-    return Shape(hidden=64, ffn=64, blocks=8, heads=4 * groups, kv_heads=groups, head_dim=head_dim, vocab=256,
-                 context=LONG + 256)  # fmt: skip
+def heads_model(head_dim: int, sharing: int) -> Shape:
+    """Eight heads in each block, few weights, and blocks enough that caches near a core do not hold all keys."""
+    return Shape(hidden=64, ffn=64, blocks=2048 // head_dim, heads=8, kv_heads=8 // sharing, head_dim=head_dim,
+                 vocab=256, context=LONG + 256)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Best seconds of one model: to read `SHORT` and `LONG` tokens, and to write one after `FIRST` and after `LONG`."""
+    """Seconds of one model: to read `SHORT` and `LONG` tokens, and to write one after `FIRST` and after `LONG`."""
 
     outline: Outline
     short: float
@@ -64,24 +67,24 @@ def time_kernels(
     threads: int,
     encodings: Sequence[str] = ENCODINGS,
     kv_types: Sequence[str] = KV_TYPES,
-    widths: Sequence[int] = HEAD_WIDTHS,
+    heads: Sequence[tuple[int, int]] = tuple(product(HEAD_WIDTHS, SHARING)),
     progress: Progress = QUIET,
 ) -> Rates:
-    """Time kernels with so many threads; attention at some widths of heads.
+    """Time kernels with so many threads; attention for heads of some width, of which some share a key.
 
     f16 is always among the encodings. Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that
     fit no rates.
     """
     names = list(dict.fromkeys(("f16", *encodings)))
-    steps = len(names) + 1 + len(dict.fromkeys(("f16", *kv_types))) * len(widths)
+    steps = len(names) + 1 + len(dict.fromkeys(("f16", *kv_types))) * len(heads)
     weights: dict[str, Timing] = {}
-    heads: dict[str, Timing] = {}
+    attention: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory(prefix="llmpack-") as folder, progress.task("timing kernels", steps) as done:
-        for width in widths:
-            path = write_blank_model(Path(folder, f"heads-{width}.gguf"), heads_model(width), "f16")
+        for width, sharing in heads:
+            path = write_blank_model(Path(folder, "heads.gguf"), heads_model(width, sharing), "f16")
             for kv in dict.fromkeys(("f16", *kv_types)):
                 settings = RuntimeSettings.model_validate({"threads": threads, "kv": kv})
-                heads[f"{kv}@{width}"] = _time_heads(path, settings)
+                attention[f"{kv}@{width}/{sharing}"] = _time_heads(path, settings)
                 done(1)
         settings = RuntimeSettings(threads=threads, load="no-mmap")
         empty, narrow = (
@@ -94,15 +97,16 @@ def time_kernels(
             weights[name] = _time_weights(path, settings)
             path.unlink()
             done(1)
-    return solve(weights, narrow, empty, heads, threads)
+    return solve(weights, narrow, empty, attention, threads)
 
 
 def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
     with LlamaRuntime() as runtime:
         runtime.open(path, settings, LONG + 64)
         runtime.time_prefill(_tokens(64))
-        short, first = _best(runtime, SHORT, 0)[0], _best(runtime, FIRST, WRITTEN)[1]
-        long, last = _best(runtime, LONG, WRITTEN, BEST_OF_LONG)
+        short, first = _read(runtime, SHORT), _written(runtime, FIRST)
+        long = runtime.time_prefill(_tokens(LONG))  # once, as it takes seconds
+        last = median(fmean(runtime.time_decode(_tokens(WRITTEN))) for _ in range(RUNS))
     return Timing(Outline.of_gguf(GgufFile.open(path)), short, long, first, last)
 
 
@@ -110,8 +114,7 @@ def _time_weights(path: Path, settings: RuntimeSettings) -> Timing:
     with LlamaRuntime() as runtime:
         runtime.open(path, settings, SHORT + 64)
         runtime.time_prefill(_tokens(64))
-        short = _best(runtime, SHORT, 0)[0]
-        first = _best(runtime, FIRST, WRITTEN)[1]
+        short, first = _read(runtime, SHORT), _written(runtime, FIRST)
     return Timing(Outline.of_gguf(GgufFile.open(path)), short, short, first, first)
 
 
@@ -119,20 +122,23 @@ def _tokens(count: int) -> list[int]:
     return [7 * index % 256 for index in range(count)]
 
 
-def _best(runtime: LlamaRuntime, prompt: int, written: int, times: int = BEST_OF) -> tuple[float, float]:
-    """Best seconds of a prompt, and of a token after it: of the tokens of one run the median counts."""
-    reads, writes = [], []
-    for _ in range(times):
-        reads.append(runtime.time_prefill(_tokens(prompt)))
-        if written:
-            writes.append(median(runtime.time_decode(_tokens(written))))
-    return min(reads), min(writes, default=0.0)
+def _read(runtime: LlamaRuntime, prompt: int) -> float:
+    return median(runtime.time_prefill(_tokens(prompt)) for _ in range(RUNS))
+
+
+def _written(runtime: LlamaRuntime, prompt: int) -> float:
+    """Seconds of a token after a prompt, which is read again each time."""
+    means = []
+    for _ in range(RUNS):
+        runtime.time_prefill(_tokens(prompt))
+        means.append(fmean(runtime.time_decode(_tokens(WRITTEN))))
+    return median(means)
 
 
 def solve(
     weights: Mapping[str, Timing], narrow: Timing, empty: Timing, heads: Mapping[str, Timing], threads: int
 ) -> Rates:
-    """The rates that explain the timings; `weights` are those of `WIDE` by encoding, `heads` by cache and width.
+    """The rates that explain the timings: `weights` are those of `WIDE` by encoding, `heads` go by the name of their rate.
 
     Raises NumericalError where no rates do.
     """
@@ -173,16 +179,12 @@ def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
 
 def _reading(outline: Outline, rates: Rates) -> float:
     """Seconds of a short prompt that are not those of products."""
-    pair = rates.pair_seconds("f16", outline.head_rows / outline.heads, prefill=True)
-    attention = pair * outline.heads * outline.blocks * SHORT * (SHORT + 1) / 2
-    return attention + SHORT * elements(outline) / rates.elementwise
+    return read_attention(outline, "f16", SHORT, rates) + SHORT * elements(outline) / rates.elementwise
 
 
 def _writing(outline: Outline, rates: Rates) -> float:
     """Seconds of a token after few that are not those of reading weights, nor a block's overhead."""
-    pair = rates.pair_seconds("f16", outline.head_rows / outline.heads, prefill=False)
-    attention = pair * outline.blocks * written_pairs("f16", outline.heads, FIRST + _MIDDLE, rates.threads)
-    return attention + elements(outline) / rates.elementwise
+    return written_attention(outline, "f16", FIRST + _MIDDLE, rates) + elements(outline) / rates.elementwise
 
 
 def _operations(outline: Outline) -> float:

@@ -10,23 +10,26 @@
                       + the head, once
 
 Rates are of all cores together. They come from `target.kernel_rates`, which times blank models of other shapes than
-those that are predicted. Attention is timed at some widths of heads; between two of them the time of one pair of a
-query and a key is taken to be linear in the width, beyond them the rate to be that of the nearest. While a token is
-written, threads wait for the one that has most of its attention: llama.cpp shares out heads or, over a long cache in
-f16, places of the cache (`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
+those that are predicted. Attention is timed at some widths of heads and some numbers of query heads that share a key:
+the first of them fetches it from far, so that heads with keys of their own take up to thrice as long. Between two
+widths the time of one pair of a query and a key is taken to be linear in the width, beyond them the rate to be that of
+the nearest; and linear in the keys for each query head. While a token is written, threads wait for the one that has
+most of its attention: llama.cpp shares out heads or, over a long cache in f16, places of the cache
+(`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
+
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.device import AttentionRate, Device, Kernel
-from llmpack.target.outline import Outline
+from llmpack.target.outline import Kept, Outline
 
 DECODE_ERROR, PREFILL_ERROR = 0.15, 0.25
 """How wrong a prediction from timed kernels is taken to be, as a share: what is aimed at, not yet what was measured."""
@@ -44,7 +47,7 @@ class Rates:
     """What a processor can do.
 
     kernels     by encoding: bytes per second when writing, operations per second when reading
-    attention   by type of the cache and width of a head ("f16@64"): operations per second in both
+    attention   by type of the cache, width of a head and how many share a key ("f16@64/4"): operations per second
     elementwise numbers per second in everything that is no product of matrices
     overhead    seconds of a block for each written token
     threads     that were timed
@@ -76,31 +79,41 @@ class Rates:
         unknown = sorted(encodings - self.kernels.keys())
         if unknown:
             return f"the kernels of {', '.join(unknown)} were not timed"
-        if len(_widths(self.attention, settings.kv)) < 2:
+        if len(_grid(self.attention, settings.kv)) < 2:
             return f"attention over a cache in {settings.kv} was not timed"
         if settings.flash_attention == "off":
             return "attention without flash attention was not timed"
         return ""
 
-    def pair_seconds(self, kv: str, head_dim: float, *, prefill: bool) -> float:
-        """Seconds of one query head over one cached key and value."""
-        widths = _widths(self.attention, kv)
+    def pair_seconds(self, kv: str, head_dim: float, sharing: float, *, prefill: bool) -> float:
+        """Seconds of one query head over one cached key and value that so many of its kind share."""
+        grid = _grid(self.attention, kv)
 
         def seconds(width: int) -> float:
-            kernel = self.attention[f"{kv}@{width}"]
-            return 4 * width / (kernel.prefill if prefill else kernel.decode)
+            rates = [self.attention[f"{kv}@{width}/{many}"] for many in grid[width]]
+            times = [4 * width / (rate.prefill if prefill else rate.decode) for rate in rates]
+            return float(np.interp(1 / sharing, [1 / many for many in grid[width]], times))
 
-        above = bisect_left(widths, head_dim)
-        if above in (0, len(widths)):
-            nearest = widths[0 if above == 0 else -1]
-            return seconds(nearest) * head_dim / nearest
-        low, high = widths[above - 1], widths[above]
-        share = (head_dim - low) / (high - low)
-        return (1 - share) * seconds(low) + share * seconds(high)
+        widths = list(grid)
+        nearest = min(max(head_dim, widths[0]), widths[-1])
+        return float(np.interp(nearest, widths, [seconds(width) for width in widths])) * head_dim / nearest
 
 
-def _widths(attention: Mapping[str, AttentionRate], kv: str) -> list[int]:
-    return sorted(int(name.partition("@")[2]) for name in attention if name.startswith(f"{kv}@"))
+def _grid(attention: Mapping[str, AttentionRate], kv: str) -> dict[int, list[int]]:
+    """The timed widths of heads over such a cache, ascending, and for each how many shared a key, descending."""
+    found: dict[int, list[int]] = {}
+    for name in attention:
+        kind, _, heads = name.partition("@")
+        if kind == kv:
+            width, _, sharing = heads.partition("/")
+            found.setdefault(int(width), []).append(int(sharing))
+    return {width: sorted(found[width], reverse=True) for width in sorted(found)}
+
+
+def _pair(outline: Outline, kept: Kept, kv: str, rates: Rates, *, prefill: bool) -> float:
+    """`Rates.pair_seconds` of a block."""
+    sharing = max(1.0, 2 * outline.head_rows / max(1, kept.numbers))
+    return rates.pair_seconds(kv, outline.head_rows / outline.heads, sharing, prefill=prefill)
 
 
 def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, rates: Rates) -> float:
@@ -110,10 +123,28 @@ def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, ra
         for tensor in outline.tensors
         if len(tensor.shape) > 1 and (outline.tied or tensor.part != "embedding")
     )
-    pair = rates.pair_seconds(settings.kv, outline.head_rows / outline.heads, prefill=False)
-    seen = (context if kept.window is None else min(context, kept.window) for kept in outline.kept)
-    pairs = sum(written_pairs(settings.kv, outline.heads, places, rates.threads) for places in seen)
-    return weights + pair * pairs + elements(outline) / rates.elementwise + rates.overhead * outline.blocks
+    return (
+        weights
+        + written_attention(outline, settings.kv, context, rates)
+        + (elements(outline) / rates.elementwise + rates.overhead * outline.blocks)
+    )
+
+
+def written_attention(outline: Outline, kv: str, context: int, rates: Rates) -> float:
+    """Seconds of attention for a token that is written after `context` others."""
+    return sum(
+        _pair(outline, kept, kv, rates, prefill=False)
+        * written_pairs(kv, outline.heads, min(context, kept.window or context), rates.threads)
+        for kept in outline.kept
+    )
+
+
+def read_attention(outline: Outline, kv: str, tokens: int, rates: Rates) -> float:
+    """Seconds of attention for a prompt of so many tokens, read from an empty cache."""
+    return sum(
+        _pair(outline, kept, kv, rates, prefill=True) * outline.heads * _pairs(tokens, kept.window)
+        for kept in outline.kept
+    )
 
 
 def written_pairs(kv: str, heads: int, seen: int, threads: int) -> float:
@@ -144,9 +175,8 @@ def prefill_seconds(outline: Outline, settings: RuntimeSettings, tokens: int, ra
     )
     head = "embedding" if outline.tied else "output"
     last = sum(t.nbytes / rates.kernels[t.encoding].decode for t in outline.tensors if t.part == head)
-    pair = rates.pair_seconds(settings.kv, outline.head_rows / outline.heads, prefill=True)
-    pairs = outline.heads * sum(_pairs(tokens, kept.window) for kept in outline.kept)
-    return tokens * products + last + pair * pairs + tokens * elements(outline) / rates.elementwise
+    attention = read_attention(outline, settings.kv, tokens, rates)
+    return tokens * products + last + attention + tokens * elements(outline) / rates.elementwise
 
 
 def elements(outline: Outline) -> float:

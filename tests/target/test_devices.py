@@ -121,9 +121,9 @@ RATE = '[figures.{0}.value."{1}"]\ndecode = "{2}"\nprefill = "{3}"\n'
         ("kernels", "q4_9", "9 GB/s", "90 GFLOP/s", "unknown encoding 'q4_9'; did you mean `q4_"),
         ("kernels", "q4_0", "9 B/s", "90 GFLOP/s", "9 is impossible for decode of q4_0"),
         ("kernels", "q4_0", "9 GFLOP/s", "90 GFLOP/s", "GFLOP is not a unit of size"),
-        ("attention", "f16@64", "9 GFLOP/s", "90 GFLOP/s", ""),
+        ("attention", "f16@64/4", "9 GFLOP/s", "90 GFLOP/s", ""),
         ("attention", "f16", "9 GFLOP/s", "90 GFLOP/s", "no type of the KV cache with the width of a head"),
-        ("attention", "f16@64", "9 GFLOP/s", "90000 TFLOP/s", "9e\\+16 is impossible for prefill of f16@64"),
+        ("attention", "f16@64/4", "9 GFLOP/s", "90000 TFLOP/s", "9e\\+16 is impossible for prefill of f16@64/4"),
     ],
 )
 def test_rates_of_kernels_are_possible_too(figure, name, decode, prefill, words):

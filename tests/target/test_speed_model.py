@@ -1,5 +1,8 @@
 """The speed model: rates come back from timings that follow from them, and blank models are what they say."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 
 from llmpack.checkpoint.gguf_file import GgufFile
@@ -12,12 +15,12 @@ from llmpack.target.estimate import estimate
 from llmpack.target.kernel_rates import EMPTY, FIRST, LONG, NARROW, SHORT, WIDE, WRITTEN, Timing, heads_model, solve
 from llmpack.target.outline import Kept, Outline, Stored
 from llmpack.target.probe import with_rates
-from llmpack.target.speed_model import Rates, decode_seconds, prefill_seconds, written_pairs
+from llmpack.target.speed_model import Rates, decode_seconds, prefill_seconds, written_attention, written_pairs
 
 SMALL = Shape(hidden=64, ffn=128, blocks=2, heads=4, kv_heads=2, head_dim=32, vocab=256, context=512)
 RATES = Rates(
     {"f16": Kernel.of(12e9, 200e9), "q8_0": Kernel.of(9e9, 150e9), "f32": Kernel.of(12e9, 100e9)},
-    {"f16@64": AttentionRate.of(20e9, 60e9), "f16@128": AttentionRate.of(30e9, 80e9)},
+    {"f16@64/4": AttentionRate.of(20e9, 60e9), "f16@128/4": AttentionRate.of(30e9, 80e9)},
     3e9,
     60e-6,
 )
@@ -55,11 +58,23 @@ def test_a_read_prompt_by_hand():
 
 def test_between_two_widths_of_heads_attention_is_linear_and_beyond_them_its_rate_stays():
     narrow, wide = 4 * 64 / 20e9, 4 * 128 / 30e9
-    assert RATES.pair_seconds("f16", 64, prefill=False) == pytest.approx(narrow)
-    assert RATES.pair_seconds("f16", 128, prefill=False) == pytest.approx(wide)
-    assert RATES.pair_seconds("f16", 80, prefill=False) == pytest.approx(narrow + (wide - narrow) / 4)
-    assert RATES.pair_seconds("f16", 256, prefill=False) == pytest.approx(2 * wide)
-    assert RATES.pair_seconds("f16", 32, prefill=True) == pytest.approx(4 * 32 / 60e9)
+    assert RATES.pair_seconds("f16", 64, 4, prefill=False) == pytest.approx(narrow)
+    assert RATES.pair_seconds("f16", 128, 1, prefill=False) == pytest.approx(wide)
+    assert RATES.pair_seconds("f16", 80, 8, prefill=False) == pytest.approx(narrow + (wide - narrow) / 4)
+    assert RATES.pair_seconds("f16", 256, 4, prefill=False) == pytest.approx(2 * wide)
+    assert RATES.pair_seconds("f16", 32, 4, prefill=True) == pytest.approx(4 * 32 / 60e9)
+
+
+def test_attention_is_linear_in_the_keys_of_each_query_head():
+    alone = {"f16@64/1": AttentionRate.of(10e9, 60e9), **RATES.attention}
+    rates = replace(RATES, attention=alone)
+    shared, own = 4 * 64 / 20e9, 4 * 64 / 10e9
+    for sharing, expected in ((1, own), (2, shared + (own - shared) / 3), (4, shared), (8, shared)):
+        assert rates.pair_seconds("f16", 64, sharing, prefill=False) == pytest.approx(expected)
+    assert rates.pair_seconds("f16", 128, 1, prefill=False) == RATES.pair_seconds("f16", 128, 1, prefill=False)
+    for numbers, expected in ((512, own), (256, shared + (own - shared) / 3), (128, shared)):
+        block = replace(outline(), kept=(Kept(numbers),))
+        assert written_attention(block, "f16", 100, rates) == pytest.approx(4 * 100 * expected)
 
 
 @pytest.mark.parametrize(
@@ -129,16 +144,20 @@ def test_rates_come_back_from_the_timings_that_they_give(threads):
     truth = Rates(
         {"f16": Kernel.of(12e9, 200e9), "q8_0": Kernel.of(9e9, 150e9), "f32": Kernel.of(12e9, 100e9)},
         {
-            f"{kv}@{width}": AttentionRate.of(rate * width / 64, 3 * rate)
+            f"{kv}@{width}/{sharing}": AttentionRate.of(rate * width * (1 + sharing) / 64, (2 + sharing) * rate)
             for kv, rate in (("f16", 20e9), ("q8_0", 12e9))
             for width in (64, 128)
+            for sharing in (1, 4)
         },
         3e9,
         60e-6,
         threads,
     )
-    heads = {name: timed(heads_model(int(name[-3:].strip("@"))), "f16", truth, name.partition("@")[0])
-             for name in truth.attention}  # fmt: skip
+    heads = {
+        f"{kv}@{width}/{sharing}": timed(heads_model(width, sharing), "f16", truth, kv)
+        for kv, width, sharing in product(("f16", "q8_0"), (64, 128), (1, 4))
+    }
+    assert heads.keys() == truth.attention.keys()
     narrow, empty = (timed(shape, "f16", truth) for shape in (NARROW, EMPTY))
     found = solve({name: timed(WIDE, name, truth) for name in ("f16", "q8_0")}, narrow, empty, heads, threads)
     for name in ("f16", "q8_0"):
@@ -158,7 +177,7 @@ def test_rates_come_back_from_the_timings_that_they_give(threads):
 
 
 def test_timings_that_contradict_each_other_are_refused():
-    heads = {f"f16@{width}": timed(heads_model(width), "f16", RATES) for width in (64, 128)}
+    heads = {f"f16@{width}/4": timed(heads_model(width, 4), "f16", RATES) for width in (64, 128)}
     wide, narrow, empty = (timed(shape, "f16", RATES) for shape in (WIDE, NARROW, EMPTY))
     stalled = Timing(empty.outline, empty.short, empty.long, empty.first / 1e3, empty.last)
     with pytest.raises(NumericalError, match="a block contradict each other; probe again"):
