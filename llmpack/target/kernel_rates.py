@@ -138,7 +138,7 @@ def _written(runtime: LlamaRuntime, prompt: int) -> float:
 def solve(
     weights: Mapping[str, Timing], narrow: Timing, empty: Timing, heads: Mapping[str, Timing], threads: int
 ) -> Rates:
-    """The rates that explain the timings: `weights` are those of `WIDE` by encoding, `heads` go by the name of their rate.
+    """The rates that explain the timings: `weights` are those of `WIDE` by encoding, `heads` have the names of rates.
 
     Raises NumericalError where no rates do.
     """
