@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
+from typing import Literal
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import NumericalError
@@ -69,12 +70,15 @@ def time_kernels(
     encodings: Sequence[str] = ENCODINGS,
     kv_types: Sequence[str] = KV_TYPES,
     heads: Sequence[tuple[int, int]] = tuple(product(HEAD_WIDTHS, SHARING)),
+    load: Literal["mmap", "no-mmap"] = "no-mmap",
     progress: Progress = QUIET,
 ) -> Rates:
     """Time kernels with so many threads; attention for heads of some width, of which some share a key.
 
-    f16 is always among the encodings. Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that
-    fit no rates.
+    f16 is always among the encodings. `load` is how weights get into memory: those of a mapped file that are not
+    repacked may lie in huge pages, from which f16 was read a fifth faster here.
+
+    Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that fit no rates.
     """
     names = list(dict.fromkeys(("f16", *encodings)))
     steps = len(names) + 1 + len(dict.fromkeys(("f16", *kv_types))) * len(heads)
@@ -87,7 +91,7 @@ def time_kernels(
                 settings = RuntimeSettings.model_validate({"threads": threads, "kv": kv})
                 attention[f"{kv}@{width}/{sharing}"] = _time_heads(path, settings)
                 done(1)
-        settings = RuntimeSettings(threads=threads, load="no-mmap")
+        settings = RuntimeSettings(threads=threads, load=load)
         empty, narrow = (
             _time_weights(write_blank_model(Path(folder, "small.gguf"), shape, "f16"), settings)
             for shape in (EMPTY, NARROW)
