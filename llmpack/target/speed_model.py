@@ -123,11 +123,8 @@ def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, ra
         for tensor in outline.tensors
         if len(tensor.shape) > 1 and (outline.tied or tensor.part != "embedding")
     )
-    return (
-        weights
-        + written_attention(outline, settings.kv, context, rates)
-        + (elements(outline) / rates.elementwise + rates.overhead * outline.blocks)
-    )
+    attention = written_attention(outline, settings.kv, context, rates)
+    return weights + attention + elements(outline) / rates.elementwise + rates.overhead * outline.blocks
 
 
 def written_attention(outline: Outline, kv: str, context: int, rates: Rates) -> float:
