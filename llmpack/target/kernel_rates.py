@@ -25,6 +25,7 @@ from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.blank_model import Shape, write_blank_model
 from llmpack.target.device import AttentionRate, Kernel
 from llmpack.target.outline import Outline
+from llmpack.target.page_cache import drop_from_cache
 from llmpack.target.speed_model import Rates, elements, read_attention, written_attention, written_pairs
 
 ENCODINGS = ("f16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
@@ -116,6 +117,8 @@ def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
 
 
 def _time_weights(path: Path, settings: RuntimeSettings) -> Timing:
+    if settings.load == "mmap":
+        drop_from_cache(path)  # as before a measurement: pages that were written lie otherwise than those that are read
     with LlamaRuntime() as runtime:
         runtime.open(path, settings, SHORT + 64)
         runtime.time_prefill(_tokens(64))
