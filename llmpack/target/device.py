@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from llmpack.digest import sha256_value
 from llmpack.encodings import ENCODINGS
 from llmpack.errors import Problem, RecipeError
 from llmpack.registry import suggestion
-from llmpack.target.quantities import Bandwidth, Flops, Seconds, Size
+from llmpack.target.quantities import Bandwidth, Cost, Flops, Size
 
 HOST = "host"
 INSTRUCTION_SETS = (
@@ -54,11 +55,18 @@ class Kernel(_Strict):
     """Bytes of weights per second when tokens are written one at a time."""
     prefill: Flops
     """Operations per second when a prompt is read."""
+    row: Cost
+    """Seconds that each row of a matrix takes beside its bytes when tokens are written."""
 
     @classmethod
-    def of(cls, decode: float, prefill: float) -> Kernel:
+    def of(cls, decode: float, prefill: float, row: float) -> Kernel:
         """From numbers."""
-        return cls.model_validate({"decode": f"{int(decode)} B/s", "prefill": f"{prefill / 1e9:f} GFLOP/s"})
+        texts = {"decode": f"{int(decode)} B/s", "prefill": f"{prefill / 1e9:f} GFLOP/s", "row": f"{row:.12f} s"}
+        return cls.model_validate(texts)
+
+    def decode_seconds(self, nbytes: float, shape: tuple[int, ...]) -> float:
+        """Seconds that a matrix takes when a token is written."""
+        return nbytes / self.decode + prod(shape[:-1]) * self.row
 
 
 class AttentionRate(_Strict):
@@ -109,7 +117,7 @@ class Figures(_Strict):
     """Rates of attention by type of the KV cache, width of a head and how many share a key ("f16@64/4"); likewise."""
     elementwise: Figure[Flops] | None = None
     """Numbers per second in everything that is no product of matrices, when a prompt is read; likewise."""
-    block_overhead: Figure[Seconds] | None = None
+    block_overhead: Figure[Cost] | None = None
     """Seconds that each block costs a written token whatever its size: threads that wait for each other; likewise."""
 
     @field_validator("instruction_sets", mode="before")
@@ -145,6 +153,8 @@ class Figures(_Strict):
                     low, high = RATE_BOUNDS
                     text = f"{value:g} is impossible for {kind} of {name}; it lies between {low:g} and {high:g}"
                     raise ValueError(text)
+            if isinstance(rate, Kernel) and not 0 <= rate.row <= LONGEST_ROW:
+                raise ValueError(f"{rate.row:g} s is impossible for row of {name}; it is at most {LONGEST_ROW:g} s")
         return figure
 
     @field_validator("*")
@@ -160,6 +170,8 @@ class Figures(_Strict):
 
 RATE_BOUNDS = (1e5, 1e16)
 """What a kernel may do in a second at all, in bytes or in operations."""
+LONGEST_ROW = 1e-3
+"""Seconds that a row may take beside its bytes."""
 _ATTENTION = re.compile(r"(f16|q8_0|q4_0)@[1-9]\d{0,3}/[1-9]\d{0,2}")
 _POSSIBLE = {
     "memory": (64 << 20, 64 << 40),
@@ -174,7 +186,7 @@ _POSSIBLE = {
     "cores": (1, 4096),
     "decode_efficiency": (0.001, 1),
     "elementwise": (10**5, 10**16),
-    "block_overhead": (1e-9, 1),
+    "block_overhead": (0, 1),
 }
 """What a figure may be at all: beyond that somebody mistook a unit."""
 

@@ -1,8 +1,8 @@
 """The kernels of llama.cpp timed on this machine, with blank models: what `target.speed_model` predicts from.
 
-Four kinds of model: wide matrices, for the rates of an encoding; many heads and few weights, for attention; a narrow
-one, where what is no product of matrices weighs most; and one with nearly no weights at all, for the overhead of a
-block. Each timing is what a measurement would show (see `target.measure`): of the mean of all tokens that are written
+Four kinds of model: long rows and short ones, for the rates of an encoding and for what a row takes whatever its
+length; many heads and few weights, for attention; and one with nearly no weights at all, for the overhead of a block.
+The one with short rows tells too, in f16, what costs time and is no product of matrices. Each timing is what a measurement would show (see `target.measure`): of the mean of all tokens that are written
 in a row, hiccups and all, the median of several runs.
 """
 
@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
+
+import numpy as np
 
 from llmpack.checkpoint.gguf_file import GgufFile
 from llmpack.errors import NumericalError
@@ -45,7 +47,8 @@ _MIDDLE = (WRITTEN + 1) // 2
 WIDE = Shape(hidden=2048, ffn=5632, blocks=8, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
 """361 million weights: more bytes than caches hold but for those of servers. Of half as many, prompts were read a
 tenth faster here, and of 22 blocks as much slower."""
-NARROW = Shape(hidden=512, ffn=1408, blocks=8, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
+NARROW = Shape(hidden=512, ffn=1536, blocks=96, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
+"""289 million weights in rows that are short. With a fifth of the blocks a cache held part of them in 4 bits."""
 EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
 
 
@@ -57,13 +60,11 @@ def heads_model(head_dim: int, sharing: int) -> Shape:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one model: to read `SHORT` and `LONG` tokens, and to write one after `FIRST` and after `LONG`."""
+    """One model: seconds to read so many tokens, and to write one after so many."""
 
     outline: Outline
-    short: float
-    long: float
-    first: float
-    last: float
+    read: Mapping[int, float]
+    written: Mapping[int, float]
 
 
 def time_kernels(
@@ -82,8 +83,9 @@ def time_kernels(
     Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that fit no rates.
     """
     names = list(dict.fromkeys(("f16", *encodings)))
-    steps = len(names) + 1 + len(dict.fromkeys(("f16", *kv_types))) * len(heads)
-    weights: dict[str, Timing] = {}
+    steps = len(names) + len(dict.fromkeys(("f16", *kv_types))) * len(heads)
+    long_rows: dict[str, Timing] = {}
+    short_rows: dict[str, Timing] = {}
     attention: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory(prefix="llmpack-") as folder, progress.task("timing kernels", steps) as done:
         for width, sharing in heads:
@@ -93,17 +95,13 @@ def time_kernels(
                 attention[f"{kv}@{width}/{sharing}"] = _time_heads(path, settings)
                 done(1)
         settings = RuntimeSettings(threads=threads, load=load)
-        empty, narrow = (
-            _time_weights(write_blank_model(Path(folder, "small.gguf"), shape, "f16"), settings)
-            for shape in (EMPTY, NARROW)
-        )
-        done(1)
+        path = Path(folder, "weights.gguf")
+        empty = _time_weights(write_blank_model(path, EMPTY, "f16"), settings, read=False)
         for name in names:
-            path = write_blank_model(Path(folder, "wide.gguf"), WIDE, name)
-            weights[name] = _time_weights(path, settings)
-            path.unlink()
+            short_rows[name] = _time_weights(write_blank_model(path, NARROW, name), settings, read=name == "f16")
+            long_rows[name] = _time_weights(write_blank_model(path, WIDE, name), settings)
             done(1)
-    return solve(weights, narrow, empty, attention, threads)
+    return solve(long_rows, short_rows, empty, attention, threads)
 
 
 def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
@@ -113,17 +111,18 @@ def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
         short, first = _read(runtime, SHORT), _written(runtime, FIRST)
         long = runtime.time_prefill(_tokens(LONG))  # once, as it takes seconds
         last = median(fmean(runtime.time_decode(_tokens(WRITTEN))) for _ in range(RUNS))
-    return Timing(Outline.of_gguf(GgufFile.open(path)), short, long, first, last)
+    outline = Outline.of_gguf(GgufFile.open(path))
+    return Timing(outline, {SHORT: short, LONG: long}, {FIRST: first, LONG: last})
 
 
-def _time_weights(path: Path, settings: RuntimeSettings) -> Timing:
+def _time_weights(path: Path, settings: RuntimeSettings, *, read: bool = True) -> Timing:
     if settings.load == "mmap":
         drop_from_cache(path)  # as before a measurement: pages that were written lie otherwise than those that are read
     with LlamaRuntime() as runtime:
         runtime.open(path, settings, SHORT + 64)
         runtime.time_prefill(_tokens(64))
-        short, first = _read(runtime, SHORT), _written(runtime, FIRST)
-    return Timing(Outline.of_gguf(GgufFile.open(path)), short, short, first, first)
+        short, first = {SHORT: _read(runtime, SHORT)} if read else {}, {FIRST: _written(runtime, FIRST)}
+    return Timing(Outline.of_gguf(GgufFile.open(path)), short, first)
 
 
 def _tokens(count: int) -> list[int]:
@@ -144,34 +143,54 @@ def _written(runtime: LlamaRuntime, prompt: int) -> float:
 
 
 def solve(
-    weights: Mapping[str, Timing], narrow: Timing, empty: Timing, heads: Mapping[str, Timing], threads: int
+    long_rows: Mapping[str, Timing],
+    short_rows: Mapping[str, Timing],
+    empty: Timing,
+    heads: Mapping[str, Timing],
+    threads: int,
 ) -> Rates:
-    """The rates that explain the timings: `weights` are those of `WIDE` by encoding, `heads` have the names of rates.
+    """The rates that explain the timings: of `WIDE` and `NARROW` by encoding, of `EMPTY`, of heads by name of the rate.
 
-    Raises NumericalError where no rates do.
+    What a row and what a block takes is nothing where the timings explain themselves better without.
+
+    Raises NumericalError where no rates explain them.
     """
     attention = {name: _attention(name, timing, threads) for name, timing in heads.items()}
     plain = Rates({}, attention, math.inf, 0.0, threads)
     # two unknowns, two timings of f16: seconds of an operation, and of a number that is in no product
     (a, b, x), (c, d, y) = (
-        (SHORT * _operations(t.outline), SHORT * elements(t.outline), t.short - _reading(t.outline, plain))
-        for t in (weights["f16"], narrow)
+        (SHORT * _operations(t.outline), SHORT * elements(t.outline), t.read[SHORT] - _reading(t.outline, plain))
+        for t in (long_rows["f16"], short_rows["f16"])
     )
     per_element = _positive("what is no product", (a * y - x * c) / (a * d - b * c))
     plain = replace(plain, elementwise=1 / per_element)
-    # and the same when writing: seconds of a byte, and of a block
-    (a, b, x), (c, d, y) = (
-        (t.outline.nbytes, t.outline.blocks, t.first - _writing(t.outline, plain)) for t in (weights["f16"], empty)
-    )
-    overhead = _positive("a block", (a * y - x * c) / (a * d - b * c))
+    # and three when writing: seconds of a byte, of a row, and of a block
+    *_, overhead = _explain("f16", [_writing(t, plain) for t in (long_rows["f16"], short_rows["f16"], empty)])
+    plain = replace(plain, overhead=overhead)
     kernels = {}
-    for name, timing in weights.items():
-        others = _reading(timing.outline, plain)
-        reading = _positive(f"products in {name}", timing.short - others)
-        others = _writing(timing.outline, plain) + overhead * timing.outline.blocks
-        writing = _positive(f"writing in {name}", timing.first - others)
-        kernels[name] = Kernel.of(timing.outline.nbytes / writing, SHORT * _operations(timing.outline) / reading)
-    return replace(plain, kernels=kernels, overhead=overhead)
+    for name, timing in long_rows.items():
+        per_byte, per_row, _ = _explain(name, [_writing(t, plain) for t in (timing, short_rows[name])])
+        reading = _positive(f"products in {name}", timing.read[SHORT] - _reading(timing.outline, plain))
+        kernels[name] = Kernel.of(1 / per_byte, SHORT * _operations(timing.outline) / reading, per_row)
+    return replace(plain, kernels=kernels)
+
+
+def _explain(name: str, timings: Sequence[tuple[float, float, float, float]]) -> tuple[float, float, float]:
+    """Seconds of a byte, of a row and of a block, none below zero, that leave the least relative error of the timings.
+
+    Each has its bytes, rows, blocks and seconds. Where there are but two timings, blocks have been taken off.
+    """
+    table = np.array(timings)
+    _positive(f"writing in {name}", float(table[:, 3].min()))
+    shares = table[:, :3] / table[:, 3:]
+    best, least = np.zeros(3), math.inf
+    for columns in [[0], [0, 1]] if len(table) == 2 else [[0], [0, 1], [0, 2], [0, 1, 2]]:
+        seconds = np.linalg.lstsq(shares[:, columns], np.ones(len(table)))[0]
+        error = float(((shares[:, columns] @ seconds - 1) ** 2).sum())
+        if seconds.min() >= 0 and error < least:
+            best, least = np.zeros(3), error
+            best[columns] = seconds
+    return float(best[0]), float(best[1]), float(best[2])
 
 
 def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
@@ -179,8 +198,8 @@ def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
     outline, kv = timing.outline, name.partition("@")[0]
     rows, ratio = outline.head_rows * outline.blocks, LONG / SHORT
     few, many = (written_pairs(kv, outline.heads, after + _MIDDLE, threads) for after in (FIRST, LONG))
-    reading = _positive(f"attention over {name}", timing.long - ratio * timing.short)
-    writing = _positive(f"attention over {name}", timing.last - timing.first)
+    reading = _positive(f"attention over {name}", timing.read[LONG] - ratio * timing.read[SHORT])
+    writing = _positive(f"attention over {name}", timing.written[LONG] - timing.written[FIRST])
     operations = 4 * rows * (many - few) / outline.heads
     return AttentionRate.of(operations / writing, 2 * rows * (LONG**2 - ratio * SHORT**2) / reading)
 
@@ -190,9 +209,13 @@ def _reading(outline: Outline, rates: Rates) -> float:
     return read_attention(outline, "f16", SHORT, rates) + SHORT * elements(outline) / rates.elementwise
 
 
-def _writing(outline: Outline, rates: Rates) -> float:
-    """Seconds of a token after few that are not those of reading weights, nor a block's overhead."""
-    return written_attention(outline, "f16", FIRST + _MIDDLE, rates) + elements(outline) / rates.elementwise
+def _writing(timing: Timing, rates: Rates) -> tuple[float, float, float, float]:
+    """Bytes, rows and blocks of a model, and the seconds that they take of a token after few."""
+    outline = timing.outline
+    others = written_attention(outline, "f16", FIRST + _MIDDLE, rates) + elements(outline) / rates.elementwise
+    rows = sum(math.prod(tensor.shape[:-1]) for tensor in outline.tensors if len(tensor.shape) > 1)
+    seconds = timing.written[FIRST] - others - rates.overhead * outline.blocks
+    return outline.nbytes, rows, outline.blocks, seconds
 
 
 def _operations(outline: Outline) -> float:

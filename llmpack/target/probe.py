@@ -97,12 +97,12 @@ def with_runtime(found: Device, progress: Progress = QUIET) -> Device:
 
 def with_rates(found: Device, rates: Rates) -> Device:
     """The device with these rates of its kernels."""
-    how = "llama.cpp on blank models with every core, best of several"
+    how = "llama.cpp on blank models with every core, median of several"
     timed: dict[str, object] = {
         "kernels": {name: kernel.model_dump(mode="json") for name, kernel in rates.kernels.items()},
         "attention": {name: rate.model_dump(mode="json") for name, rate in rates.attention.items()},
         "elementwise": f"{rates.elementwise / 1e9:f} GFLOP/s",
-        "block_overhead": f"{rates.overhead:.9f} s",
+        "block_overhead": f"{rates.overhead:.12f} s",
     }
     if "q8_0" in rates.kernels:
         timed["int8"] = f"{rates.kernels['q8_0'].prefill / 1e9:f} GFLOP/s"

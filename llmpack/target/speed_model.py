@@ -1,6 +1,7 @@
 """How long a model takes to read and to write on a processor whose kernels were timed.
 
     a written token   bytes of weights / rate of their encoding
+                      + rows of weights x what a row of their encoding takes
                       + attention over the cache / rate of its type
                       + numbers that are no product / rate of such numbers
                       + blocks x overhead
@@ -10,7 +11,8 @@
                       + the head, once
 
 Rates are of all cores together. They come from `target.kernel_rates`, which times blank models of other shapes than
-those that are predicted. Attention is timed at some widths of heads and some numbers of query heads that share a key:
+those that are predicted. A row takes its time whatever its length, since its sum is brought together and its stream of
+bytes begins anew: rows of 512 numbers were read up to a quarter slower here than rows of 2048. Attention is timed at some widths of heads and some numbers of query heads that share a key:
 the first of them fetches it from far, so that heads with keys of their own take up to thrice as long. Between two
 widths the time of one pair of a query and a key is taken to be linear in the width, beyond them the rate to be that of
 the nearest; and linear in the keys for each query head. While a token is written, threads wait for the one that has
@@ -46,7 +48,7 @@ CHUNKS = 4
 class Rates:
     """What a processor can do.
 
-    kernels     by encoding: bytes per second when writing, operations per second when reading
+    kernels     by encoding: bytes per second and seconds of a row when writing, operations per second when reading
     attention   by type of the cache, width of a head and how many share a key ("f16@64/4"): operations per second
     elementwise numbers per second in everything that is no product of matrices
     overhead    seconds of a block for each written token
@@ -119,7 +121,7 @@ def _pair(outline: Outline, kept: Kept, kv: str, rates: Rates, *, prefill: bool)
 def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, rates: Rates) -> float:
     """Seconds of a token that is written with `context` tokens before it. `rates.lacks` is empty."""
     weights = sum(
-        tensor.nbytes * tensor.share / rates.kernels[tensor.encoding].decode
+        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape) * tensor.share
         for tensor in outline.tensors
         if len(tensor.shape) > 1 and (outline.tied or tensor.part != "embedding")
     )
@@ -171,7 +173,11 @@ def prefill_seconds(outline: Outline, settings: RuntimeSettings, tokens: int, ra
         if tensor.is_linear
     )
     head = "embedding" if outline.tied else "output"
-    last = sum(t.nbytes / rates.kernels[t.encoding].decode for t in outline.tensors if t.part == head)
+    last = sum(
+        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape)
+        for tensor in outline.tensors
+        if tensor.part == head
+    )
     attention = read_attention(outline, settings.kv, tokens, rates)
     return tokens * products + last + attention + tokens * elements(outline) / rates.elementwise
 

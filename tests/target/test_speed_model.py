@@ -19,7 +19,7 @@ from llmpack.target.speed_model import Rates, decode_seconds, prefill_seconds, w
 
 SMALL = Shape(hidden=64, ffn=128, blocks=2, heads=4, kv_heads=2, head_dim=32, vocab=256, context=512)
 RATES = Rates(
-    {"f16": Kernel.of(12e9, 200e9), "q8_0": Kernel.of(9e9, 150e9), "f32": Kernel.of(12e9, 100e9)},
+    {"f16": Kernel.of(12e9, 200e9, 20e-9), "q8_0": Kernel.of(9e9, 150e9, 10e-9), "f32": Kernel.of(12e9, 100e9, 0)},
     {"f16@64/4": AttentionRate.of(20e9, 60e9), "f16@128/4": AttentionRate.of(30e9, 80e9)},
     3e9,
     60e-6,
@@ -40,19 +40,21 @@ def outline(*, tied=True, window=None, heads=4, head_rows=256):
 
 def test_a_written_token_by_hand():
     rest = (8 * 1000 + 4 * 1000 + 4 * 256) / 3e9 + 60e-6
+    tied = (2e6 / 12e9 + 1000 * 20e-9) + (531_250 / 9e9 + 500 * 10e-9)
     seconds = decode_seconds(outline(), RuntimeSettings(), 100, RATES)
-    assert seconds == pytest.approx(2e6 / 12e9 + 531_250 / 9e9 + 4 * 256 * 100 / 20e9 + rest)
+    assert seconds == pytest.approx(tied + 4 * 256 * 100 / 20e9 + rest)
     seconds = decode_seconds(outline(tied=False), RuntimeSettings(), 100, RATES)
-    assert seconds == pytest.approx(3e6 / 12e9 + 4 * 256 * 100 / 20e9 + rest)
+    assert seconds == pytest.approx(3e6 / 12e9 + 1500 * 20e-9 + 4 * 256 * 100 / 20e9 + rest)
     assert decode_seconds(outline(window=10), RuntimeSettings(), 100, RATES) == pytest.approx(
-        2e6 / 12e9 + 531_250 / 9e9 + 4 * 256 * 10 / 20e9 + rest
+        tied + 4 * 256 * 10 / 20e9 + rest
     )
 
 
 def test_a_read_prompt_by_hand():
     pairs = sum(min(position, 30) for position in range(1, 101))
     elements = 8 * 1000 + 4 * 1000 + 4 * 256
-    expected = 100 * 2e6 / 200e9 + 531_250 / 9e9 + 4 * 256 * pairs / 60e9 + 100 * elements / 3e9
+    head = 531_250 / 9e9 + 500 * 10e-9
+    expected = 100 * 2e6 / 200e9 + head + 4 * 256 * pairs / 60e9 + 100 * elements / 3e9
     assert prefill_seconds(outline(window=30), RuntimeSettings(), 100, RATES) == pytest.approx(expected)
 
 
@@ -132,17 +134,15 @@ def timed(shape, encoding, rates, kv="f16"):
     shaped, settings = blank(shape, encoding), RuntimeSettings(kv=kv)
     return Timing(
         shaped,
-        prefill_seconds(shaped, settings, SHORT, rates),
-        prefill_seconds(shaped, settings, LONG, rates),
-        decode_seconds(shaped, settings, FIRST + WRITTEN // 2, rates),
-        decode_seconds(shaped, settings, LONG + WRITTEN // 2, rates),
+        {tokens: prefill_seconds(shaped, settings, tokens, rates) for tokens in (SHORT, LONG)},
+        {after: decode_seconds(shaped, settings, after + WRITTEN // 2, rates) for after in (FIRST, LONG)},
     )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_rates_come_back_from_the_timings_that_they_give(threads):
     truth = Rates(
-        {"f16": Kernel.of(12e9, 200e9), "q8_0": Kernel.of(9e9, 150e9), "f32": Kernel.of(12e9, 100e9)},
+        {"f16": Kernel.of(12e9, 200e9, 20e-9), "q8_0": Kernel.of(9e9, 150e9, 0), "f32": Kernel.of(12e9, 100e9, 0)},
         {
             f"{kv}@{width}/{sharing}": AttentionRate.of(rate * width * (1 + sharing) / 64, (2 + sharing) * rate)
             for kv, rate in (("f16", 20e9), ("q8_0", 12e9))
@@ -158,8 +158,8 @@ def test_rates_come_back_from_the_timings_that_they_give(threads):
         for kv, width, sharing in product(("f16", "q8_0"), (64, 128), (1, 4))
     }
     assert heads.keys() == truth.attention.keys()
-    narrow, empty = (timed(shape, "f16", truth) for shape in (NARROW, EMPTY))
-    found = solve({name: timed(WIDE, name, truth) for name in ("f16", "q8_0")}, narrow, empty, heads, threads)
+    long_rows, short_rows = ({name: timed(shape, name, truth) for name in ("f16", "q8_0")} for shape in (WIDE, NARROW))
+    found = solve(long_rows, short_rows, timed(EMPTY, "f16", truth), heads, threads)
     for name in ("f16", "q8_0"):
         assert found.kernels[name].decode == pytest.approx(truth.kernels[name].decode, rel=0.03)
         assert found.kernels[name].prefill == pytest.approx(truth.kernels[name].prefill, rel=0.03)
@@ -176,12 +176,24 @@ def test_rates_come_back_from_the_timings_that_they_give(threads):
     assert predicted.first_token.value == pytest.approx(512 / predicted.prefill.value)
 
 
+def faster(timing, times):
+    return replace(timing, written={after: seconds / times for after, seconds in timing.written.items()})
+
+
 def test_timings_that_contradict_each_other_are_refused():
     heads = {f"f16@{width}/4": timed(heads_model(width, 4), "f16", RATES) for width in (64, 128)}
     wide, narrow, empty = (timed(shape, "f16", RATES) for shape in (WIDE, NARROW, EMPTY))
-    stalled = Timing(empty.outline, empty.short, empty.long, empty.first / 1e3, empty.last)
-    with pytest.raises(NumericalError, match="a block contradict each other; probe again"):
-        solve({"f16": wide}, narrow, stalled, heads, 1)
+    with pytest.raises(NumericalError, match="writing in f16 contradict each other; probe again"):
+        solve({"f16": wide}, {"f16": narrow}, faster(empty, 1e3), heads, 1)
+
+
+def test_rows_take_nothing_where_short_ones_were_read_as_fast_as_long_ones():
+    heads = {f"f16@{width}/4": timed(heads_model(width, 4), "f16", RATES) for width in (64, 128)}
+    wide, narrow, empty = (timed(shape, "f16", RATES) for shape in (WIDE, NARROW, EMPTY))
+    kernel = solve({"f16": wide}, {"f16": faster(narrow, 2)}, empty, heads, 1).kernels["f16"]
+    slow, fast = (timing.outline.nbytes / timing.written[FIRST] for timing in (wide, faster(narrow, 2)))
+    assert kernel.row == 0
+    assert slow < kernel.decode < 1.1 * fast
 
 
 @pytest.mark.parametrize("encoding", ["f16", "q8_0", "q4_0"])
