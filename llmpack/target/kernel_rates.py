@@ -2,8 +2,9 @@
 
 Four kinds of model: long rows and short ones, for the rates of an encoding and for what a row takes whatever its
 length; many heads and few weights, for attention; and one with nearly no weights at all, for the overhead of a block.
-The one with short rows tells too, in f16, what costs time and is no product of matrices. Each timing is what a measurement would show (see `target.measure`): of the mean of all tokens that are written
-in a row, hiccups and all, the median of several runs.
+The one with short rows tells too, in f16, what costs time and is no product of matrices. Each timing is what a
+measurement would show (see `target.measure`): of the mean of all tokens that are written in a row, hiccups and all,
+the median of several runs.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@
 
 Rates are of all cores together. They come from `target.kernel_rates`, which times blank models of other shapes than
 those that are predicted. A row takes its time whatever its length, since its sum is brought together and its stream of
-bytes begins anew: rows of 512 numbers were read up to a quarter slower here than rows of 2048. Attention is timed at some widths of heads and some numbers of query heads that share a key:
-the first of them fetches it from far, so that heads with keys of their own take up to thrice as long. Between two
-widths the time of one pair of a query and a key is taken to be linear in the width, beyond them the rate to be that of
-the nearest; and linear in the keys for each query head. While a token is written, threads wait for the one that has
-most of its attention: llama.cpp shares out heads or, over a long cache in f16, places of the cache
-(`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
+bytes begins anew: rows of 512 numbers were read up to a quarter slower here than rows of 2048. Attention is timed at
+some widths of heads and some numbers of query heads that share a key: the first of them fetches it from far, so that
+heads with keys of their own take up to thrice as long. Between two widths the time of one pair of a query and a key is
+taken to be linear in the width, beyond them the rate to be that of the nearest; and linear in the keys for each query
+head. While a token is written, threads wait for the one that has most of its attention: llama.cpp shares out heads or,
+over a long cache in f16, places of the cache (`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
 """
 
 from __future__ import annotations
