@@ -208,7 +208,7 @@ def _timed(
         if spec.part == "embedding" and not outline.tied:
             return 0
         kernel = rates.kernels.get(spec.encoding)
-        return most + 1 if kernel is None else int(PICO * kernel.decode_seconds(spec.nbytes, spec.shape))
+        return most + 1 if kernel is None else int(PICO * kernel.decode_seconds(spec.nbytes, spec.shape[-1]))
 
     timed = [replace(spec, encoding=_timed_like(spec.encoding, spec.shape[-1], rates)) for spec in chosen]
     whole = int(PICO * decode_seconds(known, setting.runtime, setting.budget.context, rates))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import tomllib
 from importlib.resources import files
-from math import prod
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -20,7 +19,7 @@ from llmpack.digest import sha256_value
 from llmpack.encodings import ENCODINGS
 from llmpack.errors import Problem, RecipeError
 from llmpack.registry import suggestion
-from llmpack.target.quantities import Bandwidth, Cost, Flops, Size
+from llmpack.target.quantities import Bandwidth, Flops, Seconds, Size
 
 HOST = "host"
 INSTRUCTION_SETS = (
@@ -48,25 +47,40 @@ class Figure(_Strict, Generic[T]):
     """Year, month or day of the source; empty for this machine as it is found now."""
 
 
+SHORT_ROW, LONG_ROW = 512, 2048
+"""Numbers in the rows of weights whose kernels are timed."""
+
+
+def shortness(row: int) -> float:
+    """Where a row of so many numbers stands between `LONG_ROW` (0) and `SHORT_ROW` (1), in the reciprocal of length."""
+    inside = min(max(row, SHORT_ROW), LONG_ROW)
+    return (1 / inside - 1 / LONG_ROW) / (1 / SHORT_ROW - 1 / LONG_ROW)
+
+
 class Kernel(_Strict):
     """How fast llama.cpp works with weights in one encoding, all cores together."""
 
     decode: Bandwidth
-    """Bytes of weights per second when tokens are written one at a time."""
+    """Bytes of weights per second when tokens are written one at a time, of rows of `LONG_ROW` numbers and more."""
+    short: Bandwidth
+    """The same of rows of `SHORT_ROW` numbers and fewer, in a model that is small."""
     prefill: Flops
     """Operations per second when a prompt is read."""
-    row: Cost
-    """Seconds that each row of a matrix takes beside its bytes when tokens are written."""
 
     @classmethod
-    def of(cls, decode: float, prefill: float, row: float) -> Kernel:
+    def of(cls, decode: float, short: float, prefill: float) -> Kernel:
         """From numbers."""
-        texts = {"decode": f"{int(decode)} B/s", "prefill": f"{prefill / 1e9:f} GFLOP/s", "row": f"{row:.12f} s"}
-        return cls.model_validate(texts)
+        rates = {"decode": f"{int(decode)} B/s", "short": f"{int(short)} B/s", "prefill": f"{prefill / 1e9:f} GFLOP/s"}
+        return cls.model_validate(rates)
 
-    def decode_seconds(self, nbytes: float, shape: tuple[int, ...]) -> float:
-        """Seconds that a matrix takes when a token is written."""
-        return nbytes / self.decode + prod(shape[:-1]) * self.row
+    def decode_seconds(self, nbytes: float, row: int) -> float:
+        """Seconds that a matrix with rows of so many numbers takes when a token is written.
+
+        Between the rates the time of a byte is linear in the reciprocal of a row's length, as that of a row is then
+        linear in its length.
+        """
+        part = shortness(row)
+        return nbytes * ((1 - part) / self.decode + part / self.short)
 
 
 class AttentionRate(_Strict):
@@ -117,7 +131,7 @@ class Figures(_Strict):
     """Rates of attention by type of the KV cache, width of a head and how many share a key ("f16@64/4"); likewise."""
     elementwise: Figure[Flops] | None = None
     """Numbers per second in everything that is no product of matrices, when a prompt is read; likewise."""
-    block_overhead: Figure[Cost] | None = None
+    block_overhead: Figure[Seconds] | None = None
     """Seconds that each block costs a written token whatever its size: threads that wait for each other; likewise."""
 
     @field_validator("instruction_sets", mode="before")
@@ -147,14 +161,12 @@ class Figures(_Strict):
                     f"{name!r} is no type of the KV cache with the width of a head and how many share a key, such as "
                     "'f16@64/4'; probe again"
                 )
-            for kind in ("decode", "prefill"):
+            for kind in type(rate).model_fields:
                 value = getattr(rate, kind)
                 if not RATE_BOUNDS[0] <= value <= RATE_BOUNDS[1]:
                     low, high = RATE_BOUNDS
                     text = f"{value:g} is impossible for {kind} of {name}; it lies between {low:g} and {high:g}"
                     raise ValueError(text)
-            if isinstance(rate, Kernel) and not 0 <= rate.row <= LONGEST_ROW:
-                raise ValueError(f"{rate.row:g} s is impossible for row of {name}; it is at most {LONGEST_ROW:g} s")
         return figure
 
     @field_validator("*")
@@ -170,8 +182,6 @@ class Figures(_Strict):
 
 RATE_BOUNDS = (1e5, 1e16)
 """What a kernel may do in a second at all, in bytes or in operations."""
-LONGEST_ROW = 1e-3
-"""Seconds that a row may take beside its bytes."""
 _ATTENTION = re.compile(r"(f16|q8_0|q4_0)@[1-9]\d{0,3}/[1-9]\d{0,2}")
 _POSSIBLE = {
     "memory": (64 << 20, 64 << 40),
@@ -186,7 +196,7 @@ _POSSIBLE = {
     "cores": (1, 4096),
     "decode_efficiency": (0.001, 1),
     "elementwise": (10**5, 10**16),
-    "block_overhead": (0, 1),
+    "block_overhead": (1e-9, 1),
 }
 """What a figure may be at all: beyond that somebody mistook a unit."""
 

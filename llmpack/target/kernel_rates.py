@@ -21,23 +21,26 @@ from typing import Literal
 import numpy as np
 
 from llmpack.checkpoint.gguf_file import GgufFile
+from llmpack.encodings import ENCODINGS
 from llmpack.errors import NumericalError
 from llmpack.progress import QUIET, Progress
 from llmpack.runtime.llama import LlamaRuntime
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.blank_model import Shape, write_blank_model
-from llmpack.target.device import AttentionRate, Kernel
+from llmpack.target.device import LONG_ROW, SHORT_ROW, AttentionRate, Kernel, shortness
 from llmpack.target.outline import Outline
 from llmpack.target.page_cache import drop_from_cache
-from llmpack.target.speed_model import Rates, elements, read_attention, written_attention, written_pairs
+from llmpack.target.speed_model import Rates, attention_of, elements, read_attention, written_attention, written_pairs
 
-ENCODINGS = ("f16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
-KV_TYPES = ("f16", "q8_0", "q4_0")
-HEAD_WIDTHS = (64, 96, 128, 256)
-"""Kernels may step over 32 to 128 numbers at once and take what is left over one by one, so that 96 take longer than
-128: time is not linear in the width."""
+TIMED = ("f16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 SHARING = (1, 4)
 """Query heads for each key and value: the key is fetched from far by the first of them alone."""
+HEAD_WIDTHS = {"f16": (64, 96, 128, 256), "q8_0": (64, 256), "q4_0": (64, 256)}
+"""Kernels of f16 step over 32 to 128 numbers at once and take what is left over one by one, so that 96 take longer than
+128: time is not linear in the width. Rounded caches are read block by block, and slowly."""
+ATTENTION = tuple(
+    f"{kv}@{width}/{sharing}" for kv, widths in HEAD_WIDTHS.items() for width, sharing in product(widths, SHARING)
+)
 FIRST, SHORT = 16, 512
 WRITTEN = 24
 LONG = 2048 - WRITTEN
@@ -45,12 +48,22 @@ LONG = 2048 - WRITTEN
 RUNS = 3
 _MIDDLE = (WRITTEN + 1) // 2
 
-WIDE = Shape(hidden=2048, ffn=5632, blocks=8, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
-"""361 million weights: more bytes than caches hold but for those of servers. Of half as many, prompts were read a
-tenth faster here, and of 22 blocks as much slower."""
-NARROW = Shape(hidden=512, ffn=1536, blocks=96, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
-"""289 million weights in rows that are short. With a fifth of the blocks a cache held part of them in 4 bits."""
+WIDE = Shape(hidden=LONG_ROW, ffn=5632, blocks=8, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
+"""In f16; as many bytes and more in other encodings. Of half as many weights prompts were read a tenth faster here, and
+of 22 blocks a tenth slower."""
+WIDE_BYTES = 400 << 20
+"""So many at least. In 200 MB of weights in 4 bits a large cache held a part here, and they were read up to a fifth
+faster than 500 MB."""
+NARROW = Shape(hidden=SHORT_ROW, ffn=1536, blocks=40, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
+"""121 million weights: as many as small models have, of which large caches hold a part in 4 bits."""
 EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
+
+
+def wide_model(encoding: str) -> Shape:
+    """`WIDE` with as many blocks as `WIDE_BYTES` want."""
+    weights = sum(math.prod(sides) for name, sides in WIDE.tensors().items() if name.startswith("blk.0."))
+    block_bytes = weights * ENCODINGS.load(encoding)().bits_per_weight / 8
+    return replace(WIDE, blocks=max(WIDE.blocks, math.ceil(WIDE_BYTES / block_bytes)))
 
 
 def heads_model(head_dim: int, sharing: int) -> Shape:
@@ -70,39 +83,38 @@ class Timing:
 
 def time_kernels(
     threads: int,
-    encodings: Sequence[str] = ENCODINGS,
-    kv_types: Sequence[str] = KV_TYPES,
-    heads: Sequence[tuple[int, int]] = tuple(product(HEAD_WIDTHS, SHARING)),
+    encodings: Sequence[str] = TIMED,
+    attention: Sequence[str] = ATTENTION,
     load: Literal["mmap", "no-mmap"] = "no-mmap",
     progress: Progress = QUIET,
 ) -> Rates:
-    """Time kernels with so many threads; attention for heads of some width, of which some share a key.
+    """Time kernels with so many threads: of these encodings and of f16, and attention of these names (see `Rates`).
 
-    f16 is always among the encodings. `load` is how weights get into memory: those of a mapped file that are not
-    repacked may lie in huge pages, from which f16 was read a fifth faster here.
+    Attention over a cache in f16 must be among them, as all weights are timed over one. `load` is how weights get into
+    memory: those of a mapped file that are not repacked may lie in huge pages, from which f16 was read a fifth faster
+    here.
 
     Raises RuntimeFailed, and NumericalError where a noisy machine gave timings that fit no rates.
     """
     names = list(dict.fromkeys(("f16", *encodings)))
-    steps = len(names) + len(dict.fromkeys(("f16", *kv_types))) * len(heads)
+    steps = len(names) + len(attention)
+    heads: dict[str, Timing] = {}
     long_rows: dict[str, Timing] = {}
     short_rows: dict[str, Timing] = {}
-    attention: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory(prefix="llmpack-") as folder, progress.task("timing kernels", steps) as done:
-        for width, sharing in heads:
-            path = write_blank_model(Path(folder, "heads.gguf"), heads_model(width, sharing), "f16")
-            for kv in dict.fromkeys(("f16", *kv_types)):
-                settings = RuntimeSettings.model_validate({"threads": threads, "kv": kv})
-                attention[f"{kv}@{width}/{sharing}"] = _time_heads(path, settings)
-                done(1)
+        path = Path(folder, "blank.gguf")
+        for name in attention:
+            kv, width, sharing = attention_of(name)
+            settings = RuntimeSettings.model_validate({"threads": threads, "kv": kv})
+            heads[name] = _time_heads(write_blank_model(path, heads_model(width, sharing), "f16"), settings)
+            done(1)
         settings = RuntimeSettings(threads=threads, load=load)
-        path = Path(folder, "weights.gguf")
         empty = _time_weights(write_blank_model(path, EMPTY, "f16"), settings, read=False)
         for name in names:
             short_rows[name] = _time_weights(write_blank_model(path, NARROW, name), settings, read=name == "f16")
-            long_rows[name] = _time_weights(write_blank_model(path, WIDE, name), settings)
+            long_rows[name] = _time_weights(write_blank_model(path, wide_model(name), name), settings)
             done(1)
-    return solve(long_rows, short_rows, empty, attention, threads)
+    return solve(long_rows, short_rows, empty, heads, threads)
 
 
 def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
@@ -152,8 +164,6 @@ def solve(
 ) -> Rates:
     """The rates that explain the timings: of `WIDE` and `NARROW` by encoding, of `EMPTY`, of heads by name of the rate.
 
-    What a row and what a block takes is nothing where the timings explain themselves better without.
-
     Raises NumericalError where no rates explain them.
     """
     attention = {name: _attention(name, timing, threads) for name, timing in heads.items()}
@@ -165,33 +175,17 @@ def solve(
     )
     per_element = _positive("what is no product", (a * y - x * c) / (a * d - b * c))
     plain = replace(plain, elementwise=1 / per_element)
-    # and three when writing: seconds of a byte, of a row, and of a block
-    *_, overhead = _explain("f16", [_writing(t, plain) for t in (long_rows["f16"], short_rows["f16"], empty)])
-    plain = replace(plain, overhead=overhead)
+    # and three when writing: seconds of a byte in long rows and in short ones, and of a block
+    table = np.array([_writing(timing, plain) for timing in (long_rows["f16"], short_rows["f16"], empty)])
+    *_, overhead = np.linalg.solve(table[:, :3], table[:, 3])
+    plain = replace(plain, overhead=_positive("a block", float(overhead)))
     kernels = {}
     for name, timing in long_rows.items():
-        per_byte, per_row, _ = _explain(name, [_writing(t, plain) for t in (timing, short_rows[name])])
+        table = np.array([_writing(timing, plain) for timing in (timing, short_rows[name])])
+        long, short = (_positive(f"writing in {name}", float(s)) for s in np.linalg.solve(table[:, :2], table[:, 3]))
         reading = _positive(f"products in {name}", timing.read[SHORT] - _reading(timing.outline, plain))
-        kernels[name] = Kernel.of(1 / per_byte, SHORT * _operations(timing.outline) / reading, per_row)
+        kernels[name] = Kernel.of(1 / long, 1 / short, SHORT * _operations(timing.outline) / reading)
     return replace(plain, kernels=kernels)
-
-
-def _explain(name: str, timings: Sequence[tuple[float, float, float, float]]) -> tuple[float, float, float]:
-    """Seconds of a byte, of a row and of a block, none below zero, that leave the least relative error of the timings.
-
-    Each has its bytes, rows, blocks and seconds. Where there are but two timings, blocks have been taken off.
-    """
-    table = np.array(timings)
-    _positive(f"writing in {name}", float(table[:, 3].min()))
-    shares = table[:, :3] / table[:, 3:]
-    best, least = np.zeros(3), math.inf
-    for columns in [[0], [0, 1]] if len(table) == 2 else [[0], [0, 1], [0, 2], [0, 1, 2]]:
-        seconds = np.linalg.lstsq(shares[:, columns], np.ones(len(table)))[0]
-        error = float(((shares[:, columns] @ seconds - 1) ** 2).sum())
-        if seconds.min() >= 0 and error < least:
-            best, least = np.zeros(3), error
-            best[columns] = seconds
-    return float(best[0]), float(best[1]), float(best[2])
 
 
 def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
@@ -210,13 +204,14 @@ def _reading(outline: Outline, rates: Rates) -> float:
     return read_attention(outline, "f16", SHORT, rates) + SHORT * elements(outline) / rates.elementwise
 
 
-def _writing(timing: Timing, rates: Rates) -> tuple[float, float, float, float]:
-    """Bytes, rows and blocks of a model, and the seconds that they take of a token after few."""
+def _writing(timing: Timing, rates: Rates) -> tuple[float, float, int, float]:
+    """Bytes in long rows and in short ones, blocks, and the seconds that they take of a token after few."""
     outline = timing.outline
+    matrices = [tensor for tensor in outline.tensors if len(tensor.shape) > 1]
+    short = sum(tensor.nbytes * shortness(tensor.shape[-1]) for tensor in matrices)
     others = written_attention(outline, "f16", FIRST + _MIDDLE, rates) + elements(outline) / rates.elementwise
-    rows = sum(math.prod(tensor.shape[:-1]) for tensor in outline.tensors if len(tensor.shape) > 1)
     seconds = timing.written[FIRST] - others - rates.overhead * outline.blocks
-    return outline.nbytes, rows, outline.blocks, seconds
+    return sum(tensor.nbytes for tensor in matrices) - short, short, outline.blocks, seconds
 
 
 def _operations(outline: Outline) -> float:

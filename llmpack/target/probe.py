@@ -102,7 +102,7 @@ def with_rates(found: Device, rates: Rates) -> Device:
         "kernels": {name: kernel.model_dump(mode="json") for name, kernel in rates.kernels.items()},
         "attention": {name: rate.model_dump(mode="json") for name, rate in rates.attention.items()},
         "elementwise": f"{rates.elementwise / 1e9:f} GFLOP/s",
-        "block_overhead": f"{rates.overhead:.12f} s",
+        "block_overhead": f"{rates.overhead:.9f} s",
     }
     if "q8_0" in rates.kernels:
         timed["int8"] = f"{rates.kernels['q8_0'].prefill / 1e9:f} GFLOP/s"

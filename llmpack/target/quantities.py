@@ -58,15 +58,6 @@ Seconds = Annotated[
 ]
 """Seconds, written with a unit of time."""
 
-Cost = Annotated[
-    float,
-    Field(ge=0),
-    BeforeValidator(parse_seconds),
-    PlainSerializer(lambda seconds: f"{seconds:.12f} s", return_type=str),
-    _text(_NUMBER + r"(ms|s|min|h)\s*$", "0.00002 ms"),
-]
-"""Seconds that something takes, which may be none; written with a unit of time, to the picosecond."""
-
 Bandwidth = Annotated[
     int,
     Field(gt=0),

@@ -1,7 +1,6 @@
 """How long a model takes to read and to write on a processor whose kernels were timed.
 
-    a written token   bytes of weights / rate of their encoding
-                      + rows of weights x what a row of their encoding takes
+    a written token   bytes of weights / rate of their encoding, in rows of that length
                       + attention over the cache / rate of its type
                       + numbers that are no product / rate of such numbers
                       + blocks x overhead
@@ -11,13 +10,15 @@
                       + the head, once
 
 Rates are of all cores together. They come from `target.kernel_rates`, which times blank models of other shapes than
-those that are predicted. A row takes its time whatever its length, since its sum is brought together and its stream of
-bytes begins anew: rows of 512 numbers were read up to a quarter slower here than rows of 2048. Attention is timed at
-some widths of heads and some numbers of query heads that share a key: the first of them fetches it from far, so that
-heads with keys of their own take up to thrice as long. Between two widths the time of one pair of a query and a key is
-taken to be linear in the width, beyond them the rate to be that of the nearest; and linear in the keys for each query
-head. While a token is written, threads wait for the one that has most of its attention: llama.cpp shares out heads or,
-over a long cache in f16, places of the cache (`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
+those that are predicted. Rows of weights are timed at two lengths, the short ones in a small model: a row takes time
+whatever its length, since its sum is brought together and its stream of bytes begins anew; so does a matrix, for which
+threads wait; and of a small model a large cache may hold a part. Here short rows were read at 0.7 to 1.3 times the rate
+of long ones. Attention is timed at some widths of heads and some numbers of query heads that share a key: the first of
+them fetches it from far, so that heads with keys of their own take up to thrice as long. Between two widths the time of
+one pair of a query and a key is taken to be linear in the width, beyond them the rate to be that of the nearest; and
+linear in the keys for each query head. While a token is written, threads wait for the one that has most of its
+attention: llama.cpp shares out heads or, over a long cache in f16, places of the cache
+(`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ CHUNKS = 4
 class Rates:
     """What a processor can do.
 
-    kernels     by encoding: bytes per second and seconds of a row when writing, operations per second when reading
+    kernels     by encoding: bytes per second when writing, operations per second when reading
     attention   by type of the cache, width of a head and how many share a key ("f16@64/4"): operations per second
     elementwise numbers per second in everything that is no product of matrices
     overhead    seconds of a block for each written token
@@ -101,14 +102,20 @@ class Rates:
         return float(np.interp(nearest, widths, [seconds(width) for width in widths])) * head_dim / nearest
 
 
+def attention_of(name: str) -> tuple[str, int, int]:
+    """The type of the cache, the width of a head and how many share a key, of "f16@64/4"."""
+    kv, _, heads = name.partition("@")
+    width, _, sharing = heads.partition("/")
+    return kv, int(width), int(sharing)
+
+
 def _grid(attention: Mapping[str, AttentionRate], kv: str) -> dict[int, list[int]]:
     """The timed widths of heads over such a cache, ascending, and for each how many shared a key, descending."""
     found: dict[int, list[int]] = {}
     for name in attention:
-        kind, _, heads = name.partition("@")
+        kind, width, sharing = attention_of(name)
         if kind == kv:
-            width, _, sharing = heads.partition("/")
-            found.setdefault(int(width), []).append(int(sharing))
+            found.setdefault(width, []).append(sharing)
     return {width: sorted(found[width], reverse=True) for width in sorted(found)}
 
 
@@ -121,7 +128,7 @@ def _pair(outline: Outline, kept: Kept, kv: str, rates: Rates, *, prefill: bool)
 def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, rates: Rates) -> float:
     """Seconds of a token that is written with `context` tokens before it. `rates.lacks` is empty."""
     weights = sum(
-        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape) * tensor.share
+        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape[-1]) * tensor.share
         for tensor in outline.tensors
         if len(tensor.shape) > 1 and (outline.tied or tensor.part != "embedding")
     )
@@ -174,7 +181,7 @@ def prefill_seconds(outline: Outline, settings: RuntimeSettings, tokens: int, ra
     )
     head = "embedding" if outline.tied else "output"
     last = sum(
-        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape)
+        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape[-1])
         for tensor in outline.tensors
         if tensor.part == head
     )

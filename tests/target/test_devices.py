@@ -112,7 +112,6 @@ def test_impossible_figures_are_refused(name, value, words):
 
 
 RATE = '[figures.{0}.value."{1}"]\ndecode = "{2}"\nprefill = "{3}"\n'
-ROW = 'row = "0.00002 ms"\n'
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ ROW = 'row = "0.00002 ms"\n'
 )
 def test_rates_of_kernels_are_possible_too(figure, name, decode, prefill, words):
     head = f'{GOOD}\n[figures.{figure}]\nprovenance = "measured"\nsource = "made up for a test"\n'
-    text = head + RATE.format(figure, name, decode, prefill) + (ROW if figure == "kernels" else "")
+    text = head + RATE.format(figure, name, decode, prefill) + ('short = "9 GB/s"\n' if figure == "kernels" else "")
     if not words:
         assert getattr(read_device("right", text, "right.toml").figures, figure).value.keys() == {name}
         return
@@ -137,18 +136,11 @@ def test_rates_of_kernels_are_possible_too(figure, name, decode, prefill, words)
         read_device("wrong", text, "wrong.toml")
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ("", "row"),
-        ('row = "2 ms"', "0.002 s is impossible for row of q4_0; it is at most 0.001 s"),
-        ('row = "2 GB/s"', "not a unit of time"),
-    ],
-)
-def test_what_a_row_takes_is_possible_too(row, words):
+@pytest.mark.parametrize(("short", "words"), [("", "short"), ('short = "9 B/s"', "9 is impossible for short of q4_0")])
+def test_short_rows_have_a_rate_too(short, words):
     head = f'{GOOD}\n[figures.kernels]\nprovenance = "measured"\nsource = "made up for a test"\n'
     with pytest.raises(RecipeError, match=words):
-        read_device("wrong", head + RATE.format("kernels", "q4_0", "9 GB/s", "90 GFLOP/s") + row, "wrong.toml")
+        read_device("wrong", head + RATE.format("kernels", "q4_0", "9 GB/s", "90 GFLOP/s") + short, "wrong.toml")
 
 
 def test_this_machine_is_probed():
