@@ -82,7 +82,8 @@ class Rates:
         unknown = sorted(encodings - self.kernels.keys())
         if unknown:
             return f"the kernels of {', '.join(unknown)} were not timed"
-        if len(_grid(self.attention, settings.kv)) < 2:
+        widths = _grid(self.attention, settings.kv)
+        if len(widths) < 2 and outline.head_rows / outline.heads not in widths:
             return f"attention over a cache in {settings.kv} was not timed"
         if settings.flash_attention == "off":
             return "attention without flash attention was not timed"

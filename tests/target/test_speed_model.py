@@ -126,6 +126,9 @@ def test_what_was_not_timed_is_not_predicted(change, settings, words):
     shaped = outline() if change(outline().tensors[1]) == "f16" else blank(SMALL, "q4_0")
     assert words in RATES.lacks(shaped, RuntimeSettings(**settings))
     assert RATES.lacks(outline(), RuntimeSettings()) == ""
+    one = replace(RATES, attention={"f16@64/4": RATES.attention["f16@64/4"]})
+    assert one.lacks(outline(), RuntimeSettings()) == ""
+    assert "attention over a cache in f16 was not timed" in one.lacks(outline(head_rows=512), RuntimeSettings())
     found = estimate(shaped, RuntimeSettings(**settings), with_rates(device("steam-deck"), RATES), 512)
     assert (found.decode, found.prefill) == (None, None)
     assert words in found.missing["decode"]
