@@ -1,10 +1,10 @@
 """The kernels of llama.cpp timed on this machine, with blank models: what `target.speed_model` predicts from.
 
-Four kinds of model: long rows and short ones, for the rates of an encoding and for what a row takes whatever its
-length; many heads and few weights, for attention; and one with nearly no weights at all, for the overhead of a block.
-The one with short rows tells too, in f16, what costs time and is no product of matrices. Each timing is what a
-measurement would show (see `target.measure`): of the mean of all tokens that are written in a row, hiccups and all,
-the median of several runs.
+Four kinds of model: one with long rows of weights and a small one with short rows, for the rates of an encoding; many
+heads and few weights, for attention; and one with nearly no weights at all, for the overhead of a block. The one with
+short rows tells too, in f16, what costs time and is no product of matrices. Each timing is what a measurement would
+show (see `target.measure`): of the mean of all tokens that are written in a row, hiccups and all, the median of several
+runs.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ RUNS = 3
 _MIDDLE = (WRITTEN + 1) // 2
 
 WIDE = Shape(hidden=LONG_ROW, ffn=5632, blocks=8, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
-"""In f16; as many bytes and more in other encodings. Of half as many weights prompts were read a tenth faster here, and
-of 22 blocks a tenth slower."""
+"""With these blocks in f16, and in other encodings with as many as make `WIDE_BYTES`. With half as many blocks prompts
+were read a tenth faster here, and with 22 as much slower."""
 WIDE_BYTES = 400 << 20
-"""So many at least. In 200 MB of weights in 4 bits a large cache held a part here, and they were read up to a fifth
-faster than 500 MB."""
+"""Of 200 MB in 4 bits a large cache held a part here, and they were read up to a fifth faster than 580 MB."""
 NARROW = Shape(hidden=SHORT_ROW, ffn=1536, blocks=40, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
 """121 million weights: as many as small models have, of which large caches hold a part in 4 bits."""
 EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
@@ -181,7 +180,7 @@ def solve(
     plain = replace(plain, overhead=_positive("a block", float(overhead)))
     kernels = {}
     for name, timing in long_rows.items():
-        table = np.array([_writing(timing, plain) for timing in (timing, short_rows[name])])
+        table = np.array([_writing(one, plain) for one in (timing, short_rows[name])])
         long, short = (_positive(f"writing in {name}", float(s)) for s in np.linalg.solve(table[:, :2], table[:, 3]))
         reading = _positive(f"products in {name}", timing.read[SHORT] - _reading(timing.outline, plain))
         kernels[name] = Kernel.of(1 / long, 1 / short, SHORT * _operations(timing.outline) / reading)
