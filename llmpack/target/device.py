@@ -63,24 +63,29 @@ class Kernel(_Strict):
     decode: Bandwidth
     """Bytes of weights per second when tokens are written one at a time, of rows of `LONG_ROW` numbers and more."""
     short: Bandwidth
-    """The same of rows of `SHORT_ROW` numbers and fewer, in a model that is small."""
+    """The same of rows of `SHORT_ROW` numbers and fewer."""
+    cached: Bandwidth
+    """The same of a model so small that a cache may hold it."""
     prefill: Flops
     """Operations per second when a prompt is read."""
 
     @classmethod
-    def of(cls, decode: float, short: float, prefill: float) -> Kernel:
+    def of(cls, decode: float, short: float, cached: float, prefill: float) -> Kernel:
         """From numbers."""
-        rates = {"decode": f"{int(decode)} B/s", "short": f"{int(short)} B/s", "prefill": f"{prefill / 1e9:f} GFLOP/s"}
-        return cls.model_validate(rates)
+        writing = {"decode": f"{int(decode)} B/s", "short": f"{int(short)} B/s", "cached": f"{int(cached)} B/s"}
+        return cls.model_validate({**writing, "prefill": f"{prefill / 1e9:f} GFLOP/s"})
 
-    def decode_seconds(self, nbytes: float, row: int) -> float:
+    def decode_seconds(self, nbytes: float, row: int, held: float = 0.0) -> float:
         """Seconds that a matrix with rows of so many numbers takes when a token is written.
+
+        held  the share of it that a cache still has from the token before
 
         Between the rates the time of a byte is linear in the reciprocal of a row's length, as that of a row is then
         linear in its length.
         """
         part = shortness(row)
-        return nbytes * ((1 - part) / self.decode + part / self.short)
+        fetched = (1 - part) / self.decode + part / self.short
+        return nbytes * ((1 - held) * fetched + held / self.cached)
 
 
 class AttentionRate(_Strict):
@@ -125,6 +130,9 @@ class Figures(_Strict):
     """Third-level cache that one core sees."""
     storage: Figure[Bandwidth] | None = None
     """Bytes per second that a file which is not cached is read with, in order."""
+    cache_kept: Figure[Size] | None = None
+    """Bytes of a model that caches keep from one written token to the next, fewer than they have where others use them
+    too; measured by `llmpack device probe --runtime`."""
     kernels: Figure[dict[str, Kernel]] | None = None
     """Rates of llama.cpp by encoding of the weights, measured by `llmpack device probe --runtime`."""
     attention: Figure[dict[str, AttentionRate]] | None = None
@@ -193,6 +201,7 @@ _POSSIBLE = {
     "cache_l1d": (1 << 10, 64 << 20),
     "cache_l2": (16 << 10, 1 << 30),
     "cache_l3": (16 << 10, 8 << 30),
+    "cache_kept": (1 << 10, 8 << 30),
     "cores": (1, 4096),
     "decode_efficiency": (0.001, 1),
     "elementwise": (10**5, 10**16),

@@ -30,7 +30,15 @@ from llmpack.target.blank_model import Shape, write_blank_model
 from llmpack.target.device import LONG_ROW, SHORT_ROW, AttentionRate, Kernel, shortness
 from llmpack.target.outline import Outline
 from llmpack.target.page_cache import drop_from_cache
-from llmpack.target.speed_model import Rates, attention_of, elements, read_attention, written_attention, written_pairs
+from llmpack.target.speed_model import (
+    Rates,
+    attention_of,
+    elements,
+    held_share,
+    read_attention,
+    written_attention,
+    written_pairs,
+)
 
 TIMED = ("f16", "q8_0", "q6_k", "q5_1", "q5_0", "q5_k", "q4_1", "q4_0", "q4_k", "iq4_nl", "iq4_xs", "q3_k", "q2_k")
 SHARING = (1, 4)
@@ -48,27 +56,31 @@ LONG = 2048 - WRITTEN
 RUNS = 3
 _MIDDLE = (WRITTEN + 1) // 2
 
-WIDE = Shape(hidden=LONG_ROW, ffn=5632, blocks=8, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
-"""With these blocks in f16, and in other encodings with as many as make `WIDE_BYTES`. With half as many blocks prompts
-were read a tenth faster here, and with 22 as much slower."""
-WIDE_BYTES = 400 << 20
-"""Of 200 MB in 4 bits a large cache held a part here, and they were read up to a fifth faster than 580 MB."""
-NARROW = Shape(hidden=SHORT_ROW, ffn=1536, blocks=40, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
-"""121 million weights: as many as small models have, of which large caches hold a part in 4 bits."""
+WIDE = Shape(hidden=LONG_ROW, ffn=5632, blocks=16, heads=16, kv_heads=4, head_dim=128, vocab=1024, context=1024)
+NARROW = Shape(hidden=SHORT_ROW, ffn=1536, blocks=4, heads=8, kv_heads=2, head_dim=64, vocab=1024, context=1024)
+"""These are the fewest blocks. Of half as many wide ones in q8_0 prompts were read a quarter faster here than of 22."""
+FETCHED, CACHED = 400 << 20, 16 << 20
+"""Bytes of models that no cache holds, but for those of servers, and of models that many do."""
+GROWING = (12, 18, 26, 40)
+"""Blocks of narrow models in f16, 73 to 242 MB: from their times follows what caches keep."""
 EMPTY = Shape(hidden=64, ffn=64, blocks=16, heads=2, kv_heads=1, head_dim=64, vocab=256, context=1024)
 
 
-def wide_model(encoding: str) -> Shape:
-    """`WIDE` with as many blocks as `WIDE_BYTES` want."""
-    weights = sum(math.prod(sides) for name, sides in WIDE.tensors().items() if name.startswith("blk.0."))
+def model_of(shape: Shape, encoding: str, nbytes: int) -> Shape:
+    """The shape with blocks enough for so many bytes in an encoding."""
+    weights = sum(math.prod(sides) for name, sides in shape.tensors().items() if name.startswith("blk.0."))
     block_bytes = weights * ENCODINGS.load(encoding)().bits_per_weight / 8
-    return replace(WIDE, blocks=max(WIDE.blocks, math.ceil(WIDE_BYTES / block_bytes)))
+    return replace(shape, blocks=max(shape.blocks, math.ceil(nbytes / block_bytes)))
 
 
 def heads_model(head_dim: int, sharing: int) -> Shape:
     """Eight heads in each block, few weights, and blocks enough that caches near a core do not hold all keys."""
     return Shape(hidden=64, ffn=64, blocks=2048 // head_dim, heads=8, kv_heads=8 // sharing, head_dim=head_dim,
                  vocab=256, context=LONG + 256)  # fmt: skip
+
+
+KEPT = (1 << 20, 4 << 30)
+"""Least and most that caches may keep. Less makes no difference."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,24 @@ class Timing:
     outline: Outline
     read: Mapping[int, float]
     written: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """All that is timed.
+
+    long_rows, short_rows, cached  by encoding: `WIDE` and `NARROW` of `FETCHED` bytes, `NARROW` of `CACHED` bytes
+    growing                        `NARROW` in f16 with the blocks of `GROWING`
+    empty                          `EMPTY` in f16
+    heads                          by name of the rate of attention: `heads_model`
+    """
+
+    long_rows: Mapping[str, Timing]
+    short_rows: Mapping[str, Timing]
+    cached: Mapping[str, Timing]
+    growing: Sequence[Timing]
+    empty: Timing
+    heads: Mapping[str, Timing]
 
 
 def time_kernels(
@@ -100,6 +130,7 @@ def time_kernels(
     heads: dict[str, Timing] = {}
     long_rows: dict[str, Timing] = {}
     short_rows: dict[str, Timing] = {}
+    cached: dict[str, Timing] = {}
     with tempfile.TemporaryDirectory(prefix="llmpack-") as folder, progress.task("timing kernels", steps) as done:
         path = Path(folder, "blank.gguf")
         for name in attention:
@@ -108,12 +139,19 @@ def time_kernels(
             heads[name] = _time_heads(write_blank_model(path, heads_model(width, sharing), "f16"), settings)
             done(1)
         settings = RuntimeSettings(threads=threads, load=load)
-        empty = _time_weights(write_blank_model(path, EMPTY, "f16"), settings, read=False)
+        shapes = (EMPTY, *(replace(NARROW, blocks=blocks) for blocks in GROWING))
+        empty, *growing = [
+            _time_weights(write_blank_model(path, shape, "f16"), settings, read=False) for shape in shapes
+        ]
         for name in names:
-            short_rows[name] = _time_weights(write_blank_model(path, NARROW, name), settings, read=name == "f16")
-            long_rows[name] = _time_weights(write_blank_model(path, wide_model(name), name), settings)
+            for found, shape, read in (
+                (cached, model_of(NARROW, name, CACHED), False),
+                (short_rows, model_of(NARROW, name, FETCHED), name == "f16"),
+                (long_rows, model_of(WIDE, name, FETCHED), True),
+            ):
+                found[name] = _time_weights(write_blank_model(path, shape, name), settings, read=read)
             done(1)
-    return solve(long_rows, short_rows, empty, heads, threads)
+    return solve(Timings(long_rows, short_rows, cached, growing, empty, heads), threads)
 
 
 def _time_heads(path: Path, settings: RuntimeSettings) -> Timing:
@@ -154,19 +192,16 @@ def _written(runtime: LlamaRuntime, prompt: int) -> float:
     return median(means)
 
 
-def solve(
-    long_rows: Mapping[str, Timing],
-    short_rows: Mapping[str, Timing],
-    empty: Timing,
-    heads: Mapping[str, Timing],
-    threads: int,
-) -> Rates:
-    """The rates that explain the timings: of `WIDE` and `NARROW` by encoding, of `EMPTY`, of heads by name of the rate.
+def solve(timings: Timings, threads: int) -> Rates:
+    """The rates that explain the timings.
+
+    Models of `FETCHED` bytes are taken to lie in no cache, the others but those of `GROWING` to lie in one.
 
     Raises NumericalError where no rates explain them.
     """
-    attention = {name: _attention(name, timing, threads) for name, timing in heads.items()}
-    plain = Rates({}, attention, math.inf, 0.0, threads)
+    attention = {name: _attention(name, timing, threads) for name, timing in timings.heads.items()}
+    long_rows, short_rows, cached = timings.long_rows, timings.short_rows, timings.cached
+    plain = Rates({}, attention, math.inf, 0.0, threads, 0.0)
     # two unknowns, two timings of f16: seconds of an operation, and of a number that is in no product
     (a, b, x), (c, d, y) = (
         (SHORT * _operations(t.outline), SHORT * elements(t.outline), t.read[SHORT] - _reading(t.outline, plain))
@@ -174,17 +209,48 @@ def solve(
     )
     per_element = _positive("what is no product", (a * y - x * c) / (a * d - b * c))
     plain = replace(plain, elementwise=1 / per_element)
-    # and three when writing: seconds of a byte in long rows and in short ones, and of a block
-    table = np.array([_writing(timing, plain) for timing in (long_rows["f16"], short_rows["f16"], empty)])
-    *_, overhead = np.linalg.solve(table[:, :3], table[:, 3])
-    plain = replace(plain, overhead=_positive("a block", float(overhead)))
+    # and two when writing: seconds of a byte in a cache, and of a block
+    (a, x), (b, y) = ((t.outline.nbytes, _writing(t, plain)) for t in (cached["f16"], timings.empty))
+    c, d = cached["f16"].outline.blocks, timings.empty.outline.blocks
+    plain = replace(plain, overhead=_positive("a block", (a * y - b * x) / (a * d - b * c)))
     kernels = {}
     for name, timing in long_rows.items():
-        table = np.array([_writing(one, plain) for one in (timing, short_rows[name])])
-        long, short = (_positive(f"writing in {name}", float(s)) for s in np.linalg.solve(table[:, :2], table[:, 3]))
+        held = _positive(f"writing in {name}", _writing(cached[name], plain) / cached[name].outline.nbytes)
+        long, short = _by_length(name, timing, short_rows[name], plain)
         reading = _positive(f"products in {name}", timing.read[SHORT] - _reading(timing.outline, plain))
-        kernels[name] = Kernel.of(1 / long, 1 / short, SHORT * _operations(timing.outline) / reading)
-    return replace(plain, kernels=kernels)
+        kernels[name] = Kernel.of(1 / long, 1 / short, 1 / held, SHORT * _operations(timing.outline) / reading)
+    plain = replace(plain, kernels=kernels)
+    return replace(plain, cache=_kept(timings.growing, plain))
+
+
+def _by_length(name: str, long_rows: Timing, short_rows: Timing, rates: Rates) -> tuple[float, float]:
+    """Seconds of a byte in long rows and in short ones, of two models that have both."""
+    table = np.array([_by_rows(timing.outline) for timing in (long_rows, short_rows)])
+    seconds = np.linalg.solve(table, [_writing(timing, rates) for timing in (long_rows, short_rows)])
+    return _positive(f"writing in {name}", float(seconds[0])), _positive(f"writing in {name}", float(seconds[1]))
+
+
+def _by_rows(outline: Outline) -> tuple[float, float]:
+    """Bytes in long rows and in short ones: between them, a part of each."""
+    matrices = [tensor for tensor in outline.tensors if len(tensor.shape) > 1]
+    short = sum(tensor.nbytes * shortness(tensor.shape[-1]) for tensor in matrices)
+    return sum(tensor.nbytes for tensor in matrices) - short, short
+
+
+def _kept(growing: Sequence[Timing], rates: Rates) -> float:
+    """Bytes that caches keep: those that explain best, in relative error, how models in f16 get slower with size."""
+    kernel = rates.kernels["f16"]
+    found, least = 0.0, math.inf
+    for cache in np.geomspace(*KEPT, 400):
+        error = 0.0
+        for timing in growing:
+            held = held_share(timing.outline.nbytes, float(cache))
+            long, short = _by_rows(timing.outline)
+            seconds = kernel.decode_seconds(long, LONG_ROW, held) + kernel.decode_seconds(short, SHORT_ROW, held)
+            error += (_writing(timing, rates) / seconds - 1) ** 2
+        if error < least:
+            found, least = float(cache), error
+    return found
 
 
 def _attention(name: str, timing: Timing, threads: int) -> AttentionRate:
@@ -203,14 +269,11 @@ def _reading(outline: Outline, rates: Rates) -> float:
     return read_attention(outline, "f16", SHORT, rates) + SHORT * elements(outline) / rates.elementwise
 
 
-def _writing(timing: Timing, rates: Rates) -> tuple[float, float, int, float]:
-    """Bytes in long rows and in short ones, blocks, and the seconds that they take of a token after few."""
+def _writing(timing: Timing, rates: Rates) -> float:
+    """Seconds that the weights of a model take of a token after few."""
     outline = timing.outline
-    matrices = [tensor for tensor in outline.tensors if len(tensor.shape) > 1]
-    short = sum(tensor.nbytes * shortness(tensor.shape[-1]) for tensor in matrices)
     others = written_attention(outline, "f16", FIRST + _MIDDLE, rates) + elements(outline) / rates.elementwise
-    seconds = timing.written[FIRST] - others - rates.overhead * outline.blocks
-    return sum(tensor.nbytes for tensor in matrices) - short, short, outline.blocks, seconds
+    return timing.written[FIRST] - others - rates.overhead * outline.blocks
 
 
 def _operations(outline: Outline) -> float:

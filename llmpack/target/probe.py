@@ -101,6 +101,7 @@ def with_rates(found: Device, rates: Rates) -> Device:
     timed: dict[str, object] = {
         "kernels": {name: kernel.model_dump(mode="json") for name, kernel in rates.kernels.items()},
         "attention": {name: rate.model_dump(mode="json") for name, rate in rates.attention.items()},
+        "cache_kept": f"{int(rates.cache)} B",
         "elementwise": f"{rates.elementwise / 1e9:f} GFLOP/s",
         "block_overhead": f"{rates.overhead:.9f} s",
     }

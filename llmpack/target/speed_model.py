@@ -10,15 +10,15 @@
                       + the head, once
 
 Rates are of all cores together. They come from `target.kernel_rates`, which times blank models of other shapes than
-those that are predicted. Rows of weights are timed at two lengths, the short ones in a small model: a row takes time
-whatever its length, since its sum is brought together and its stream of bytes begins anew; so does a matrix, for which
-threads wait; and of a small model a large cache may hold a part. Here short rows in f16 were read at two thirds of the
-rate of long ones, and in iq4_nl a tenth faster. Attention is timed at some widths of heads and some numbers of query
-heads that share a key: the first of them fetches it from far, so that heads with keys of their own take up to thrice as
-long. Between two widths the time of one pair of a query and a key is taken to be linear in the width, beyond them the
-rate to be that of the nearest; and linear in the keys for each query head. While a token is written, threads wait for
-the one that has most of its attention: llama.cpp shares out heads or, over a long cache in f16, places of the cache
-(`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
+those that are predicted. Weights are timed in rows of two lengths, since a row takes time whatever its length (its sum
+is brought together, its stream of bytes begins anew), and in a model that a cache may hold. How much of the weights a
+cache holds from one token to the next follows from what a token touches, the KV cache included (`held_share`): here
+between 50 and 110 MB stayed, from where 4 bits were read at thrice the rate. Attention is timed at some widths of heads
+and some numbers of query heads that share a key: the first of them fetches it from far, so that heads with keys of
+their own take up to thrice as long. Between two widths the time of one pair of a query and a key is taken to be linear
+in the width, beyond them the rate to be that of the nearest; and linear in the keys for each query head. While a token
+is written, threads wait for the one that has most of its attention: llama.cpp shares out heads or, over a long cache in
+f16, places of the cache (`ggml_compute_forward_flash_attn_ext_f16` in its `ggml-cpu/ops.cpp`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, exp
 
 import numpy as np
 
 from llmpack.runtime.settings import RuntimeSettings
 from llmpack.target.device import AttentionRate, Device, Kernel
+from llmpack.target.memory_model import cache_bytes
 from llmpack.target.outline import Kept, Outline
 
 DECODE_ERROR, PREFILL_ERROR = 0.15, 0.25
@@ -41,6 +42,8 @@ CACHE_STEP = 256
 """Places of the cache that attention looks at are a multiple of this."""
 SHARED_PLACES = 512
 """From so many places on, those of a cache in f16 are shared out among threads in place of heads."""
+ROUNDS = 200
+"""Of a cache's filling, after which little changes."""
 CHUNKS = 4
 """Runs of heads for each thread; whoever has finished one takes the next."""
 
@@ -54,27 +57,30 @@ class Rates:
     elementwise numbers per second in everything that is no product of matrices
     overhead    seconds of a block for each written token
     threads     that were timed
+    cache       bytes that caches keep from one written token to the next
     """
 
     kernels: Mapping[str, Kernel]
     attention: Mapping[str, AttentionRate]
     elementwise: float
     overhead: float
-    threads: int = 1
+    threads: int
+    cache: float
 
     @classmethod
     def of(cls, device: Device) -> Rates | None:
         """The rates of a profile, if it has all of them."""
         figures = device.figures
-        kernels, attention, others, overhead = (
+        kernels, attention, others, overhead, cache = (
             figures.kernels,
             figures.attention,
             figures.elementwise,
             figures.block_overhead,
+            figures.cache_kept,
         )
-        if kernels is None or attention is None or others is None or overhead is None:
+        if kernels is None or attention is None or others is None or overhead is None or cache is None:
             return None
-        return cls(kernels.value, attention.value, others.value, overhead.value, device.cores or 1)
+        return cls(kernels.value, attention.value, others.value, overhead.value, device.cores or 1, cache.value)
 
     def lacks(self, outline: Outline, settings: RuntimeSettings) -> str:
         """What was not timed and is needed for this model, as a reason; empty if nothing is missing."""
@@ -128,13 +134,29 @@ def _pair(outline: Outline, kept: Kept, kv: str, rates: Rates, *, prefill: bool)
 
 def decode_seconds(outline: Outline, settings: RuntimeSettings, context: int, rates: Rates) -> float:
     """Seconds of a token that is written with `context` tokens before it. `rates.lacks` is empty."""
+    read = [t for t in outline.tensors if len(t.shape) > 1 and (outline.tied or t.part != "embedding")]
+    touched = sum(tensor.nbytes * tensor.share for tensor in read) + cache_bytes(outline, settings, context)
+    held = held_share(touched, rates.cache)
     weights = sum(
-        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape[-1]) * tensor.share
-        for tensor in outline.tensors
-        if len(tensor.shape) > 1 and (outline.tied or tensor.part != "embedding")
+        rates.kernels[tensor.encoding].decode_seconds(tensor.nbytes, tensor.shape[-1], held) * tensor.share
+        for tensor in read
     )
     attention = written_attention(outline, settings.kv, context, rates)
     return weights + attention + elements(outline) / rates.elementwise + rates.overhead * outline.blocks
+
+
+def held_share(touched: float, cache: float) -> float:
+    """How much of what is read in turn, over and over, a cache still holds that gives up any of it by chance.
+
+    Between two reads of a piece, (1 - h) x `touched` others take a place each, of which there are `cache`, and so a
+    share of h = exp(-(1 - h) x touched / cache) stays. The least such h is what a cache that was empty comes to.
+    """
+    if touched <= cache:
+        return 1.0
+    share = 0.0
+    for _ in range(ROUNDS if cache > 0 else 0):
+        share = exp(-(1 - share) * touched / cache)
+    return share
 
 
 def written_attention(outline: Outline, kv: str, context: int, rates: Rates) -> float:

@@ -19,11 +19,13 @@ from llmpack.target.probe import with_rates
 from llmpack.target.speed_model import Rates, decode_seconds
 
 RATES = Rates(
-    {"f16": Kernel.of(12e9, 10e9, 200e9), "q8_0": Kernel.of(9e9, 12e9, 150e9), "q4_0": Kernel.of(7e9, 8e9, 90e9),
-     "f32": Kernel.of(12e9, 12e9, 100e9)},
+    {"f16": Kernel.of(12e9, 10e9, 30e9, 200e9), "q8_0": Kernel.of(9e9, 12e9, 25e9, 150e9),
+     "q4_0": Kernel.of(7e9, 8e9, 20e9, 90e9), "f32": Kernel.of(12e9, 12e9, 12e9, 100e9)},
     {"f16@64/4": AttentionRate.of(20e9, 60e9), "f16@128/4": AttentionRate.of(30e9, 80e9)},
     3e9,
     60e-6,
+    1,
+    1024.0,
 )  # fmt: skip
 FILE = Limit("model file", 0, 0, lambda spec: spec.nbytes)
 FORMAT = GgufFormat("f16")

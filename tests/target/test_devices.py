@@ -112,6 +112,7 @@ def test_impossible_figures_are_refused(name, value, words):
 
 
 RATE = '[figures.{0}.value."{1}"]\ndecode = "{2}"\nprefill = "{3}"\n'
+ROWS = 'short = "9 GB/s"\ncached = "9 GB/s"\n'
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ RATE = '[figures.{0}.value."{1}"]\ndecode = "{2}"\nprefill = "{3}"\n'
 )
 def test_rates_of_kernels_are_possible_too(figure, name, decode, prefill, words):
     head = f'{GOOD}\n[figures.{figure}]\nprovenance = "measured"\nsource = "made up for a test"\n'
-    text = head + RATE.format(figure, name, decode, prefill) + ('short = "9 GB/s"\n' if figure == "kernels" else "")
+    text = head + RATE.format(figure, name, decode, prefill) + (ROWS if figure == "kernels" else "")
     if not words:
         assert getattr(read_device("right", text, "right.toml").figures, figure).value.keys() == {name}
         return
@@ -136,7 +137,9 @@ def test_rates_of_kernels_are_possible_too(figure, name, decode, prefill, words)
         read_device("wrong", text, "wrong.toml")
 
 
-@pytest.mark.parametrize(("short", "words"), [("", "short"), ('short = "9 B/s"', "9 is impossible for short of q4_0")])
+@pytest.mark.parametrize(
+    ("short", "words"), [("", "short"), ('short = "9 B/s"\ncached = "9 GB/s"', "9 is impossible for short of q4_0")]
+)
 def test_short_rows_have_a_rate_too(short, words):
     head = f'{GOOD}\n[figures.kernels]\nprovenance = "measured"\nsource = "made up for a test"\n'
     with pytest.raises(RecipeError, match=words):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 
 from llmpack.checkpoint.gguf_file import GgufFile
@@ -14,29 +15,47 @@ from llmpack.target.blank_model import Shape, write_blank_model
 from llmpack.target.device import AttentionRate, Kernel, device
 from llmpack.target.estimate import estimate
 from llmpack.target.kernel_rates import (
+    CACHED,
     EMPTY,
+    FETCHED,
     FIRST,
+    GROWING,
     LONG,
     NARROW,
     SHORT,
+    TIMED,
     WIDE,
     WRITTEN,
     Timing,
+    Timings,
     heads_model,
+    model_of,
     solve,
     time_kernels,
-    wide_model,
 )
 from llmpack.target.outline import Kept, Outline, Stored
 from llmpack.target.probe import with_rates
-from llmpack.target.speed_model import Rates, decode_seconds, prefill_seconds, written_attention, written_pairs
+from llmpack.target.speed_model import (
+    Rates,
+    decode_seconds,
+    held_share,
+    prefill_seconds,
+    written_attention,
+    written_pairs,
+)
 
 SMALL = Shape(hidden=64, ffn=128, blocks=2, heads=4, kv_heads=2, head_dim=32, vocab=256, context=512)
 RATES = Rates(
-    {"f16": Kernel.of(12e9, 10e9, 200e9), "q8_0": Kernel.of(9e9, 12e9, 150e9), "f32": Kernel.of(12e9, 12e9, 100e9)},
+    {
+        "f16": Kernel.of(12e9, 10e9, 30e9, 200e9),
+        "q8_0": Kernel.of(9e9, 12e9, 25e9, 150e9),
+        "f32": Kernel.of(12e9, 12e9, 12e9, 100e9),
+    },
     {"f16@64/4": AttentionRate.of(20e9, 60e9), "f16@128/4": AttentionRate.of(30e9, 80e9)},
     3e9,
     60e-6,
+    1,
+    1024.0,
 )
 
 
@@ -165,41 +184,90 @@ def test_the_time_of_a_row_is_linear_in_its_length(row, part):
     assert kernel.decode_seconds(1e6, row) == pytest.approx(1e6 * ((1 - part) / 12e9 + part / 10e9))
 
 
-def test_long_rows_are_timed_in_models_that_no_cache_holds():
-    for name, blocks in (("f16", 8), ("q8_0", 9), ("q4_0", 17)):
-        assert wide_model(name) == replace(WIDE, blocks=blocks)
-        assert blank(wide_model(name), name).nbytes > 400 << 20
+def test_models_are_as_heavy_as_they_are_said_to_be():
+    for shape, name, nbytes, blocks in (
+        (WIDE, "f16", FETCHED, 16), (WIDE, "q4_0", FETCHED, 17), (NARROW, "f16", CACHED, 4),
+        (NARROW, "q4_0", CACHED, 10), (NARROW, "f16", FETCHED, 70), (NARROW, "q8_0", FETCHED, 131),
+    ):  # fmt: skip
+        assert model_of(shape, name, nbytes) == replace(shape, blocks=blocks)
+        assert blank(model_of(shape, name, nbytes), name).nbytes > nbytes
+    assert max(model_of(NARROW, name, FETCHED).blocks for name in TIMED) <= 512  # llama.cpp knows no more
+
+
+@pytest.mark.parametrize(("touched", "cache"), [(300, 400), (500, 400), (800, 400), (2000, 400)])
+def test_a_cache_holds_what_one_that_gives_up_by_chance_holds(touched, cache):
+    """Pieces are read in turn; one that is not held takes the place of any."""
+    random = np.random.default_rng(0)
+    places, held = np.full(cache, -1), np.zeros(touched, bool)
+    hits = 0
+    for turn in range(60):
+        for piece in range(touched):
+            hits += held[piece] and turn >= 30
+            if not held[piece]:
+                free = np.flatnonzero(places < 0)
+                place = free[0] if len(free) else random.integers(cache)
+                held[places[place]] &= places[place] < 0
+                places[place], held[piece] = piece, True
+    assert hits / (30 * touched) == pytest.approx(held_share(touched, cache), abs=0.02)
+
+
+def test_weights_that_a_cache_holds_are_read_faster_and_the_kv_cache_takes_its_share():
+    rates = replace(RATES, cache=2e6)
+    plain, settings = outline(), RuntimeSettings()
+    part = (1 / 1000 - 1 / 2048) / (1 / 512 - 1 / 2048)
+    floats, rounded = (1 - part) / 12e9 + part / 10e9, (1 - part) / 9e9 + part / 12e9
+    for context in (256, 4096):
+        held = held_share(2_531_250 + 512 * context, 2e6)
+        assert 0 < held < 1
+        saved = held * (2e6 * (floats - 1 / 30e9) + 531_250 * (rounded - 1 / 25e9))
+        seconds = decode_seconds(plain, settings, context, RATES) - decode_seconds(plain, settings, context, rates)
+        assert seconds == pytest.approx(saved)
+    assert held_share(10, 0) == 0
+    assert held_share(10, 10) == 1
+
+
+def timings(rates, heads, names):
+    long_rows, short_rows, cached = (
+        {name: timed(model_of(shape, name, nbytes), name, rates) for name in names}
+        for shape, nbytes in ((WIDE, FETCHED), (NARROW, FETCHED), (NARROW, CACHED))
+    )
+    growing = [timed(replace(NARROW, blocks=blocks), "f16", rates) for blocks in GROWING]
+    return Timings(long_rows, short_rows, cached, growing, timed(EMPTY, "f16", rates), heads)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_rates_come_back_from_the_timings_that_they_give(threads):
     truth = Rates(
-        {"f16": Kernel.of(12e9, 10e9, 200e9), "q8_0": Kernel.of(9e9, 12e9, 150e9), "f32": Kernel.of(12e9, 12e9, 100e9)},
+        {
+            "f16": Kernel.of(12e9, 10e9, 30e9, 200e9),
+            "q8_0": Kernel.of(9e9, 12e9, 25e9, 150e9),
+            "f32": Kernel.of(12e9, 12e9, 12e9, 100e9),
+        },
         {
             f"{kv}@{width}/{sharing}": AttentionRate.of(rate * width * (1 + sharing) / 64, (2 + sharing) * rate)
-            for kv, rate in (("f16", 20e9), ("q8_0", 12e9))
+            for kv, rate in (("f16", 3e9), ("q8_0", 2e9))
             for width in (64, 128)
             for sharing in (1, 4)
         },
         3e9,
         60e-6,
         threads,
+        60e6,
     )
     heads = {
         f"{kv}@{width}/{sharing}": timed(heads_model(width, sharing), "f16", truth, kv)
         for kv, width, sharing in product(("f16", "q8_0"), (64, 128), (1, 4))
     }
     assert heads.keys() == truth.attention.keys()
-    long_rows, short_rows = (
-        {name: timed(shape(name), name, truth) for name in ("f16", "q8_0")} for shape in (wide_model, lambda _: NARROW)
-    )
-    found = solve(long_rows, short_rows, timed(EMPTY, "f16", truth), heads, threads)
+    found = solve(timings(truth, heads, ("f16", "q8_0")), threads)
+    assert found.cache == pytest.approx(truth.cache, rel=0.05)
     for name in ("f16", "q8_0"):
         assert found.kernels[name].decode == pytest.approx(truth.kernels[name].decode, rel=0.03)
+        assert found.kernels[name].cached == pytest.approx(truth.kernels[name].cached, rel=0.03)
         assert found.kernels[name].short == pytest.approx(truth.kernels[name].short, rel=0.03)
         assert found.kernels[name].prefill == pytest.approx(truth.kernels[name].prefill, rel=0.03)
-    for name, rate in truth.attention.items():
-        assert found.attention[name].decode == pytest.approx(rate.decode, rel=0.01)
+    for name, rate in truth.attention.items():  # that the keys drive the few weights out of the cache is not told apart
+        assert found.attention[name].decode == pytest.approx(rate.decode, rel=0.05)
         assert found.attention[name].prefill == pytest.approx(rate.prefill, rel=0.01)
     assert found.elementwise == pytest.approx(truth.elementwise, rel=0.05)
     assert found.overhead == pytest.approx(truth.overhead, rel=0.01)
@@ -215,22 +283,22 @@ def test_every_kernel_that_is_asked_for_is_timed(monkeypatch):
     """In the runtime, on small models; what follows from such timings is tested above."""
     small = replace(SMALL, context=1024)
     shapes = {"WIDE": replace(small, hidden=256, ffn=256), "NARROW": small, "EMPTY": replace(small, blocks=1)}
-    monkeypatch.setattr(kernel_rates, "WIDE_BYTES", 1)
     for name, shape in shapes.items():
         monkeypatch.setattr(kernel_rates, name, shape)
+    for name, value in (("FETCHED", 1), ("CACHED", 1), ("GROWING", (3,)), ("solve", lambda *found: found)):
+        monkeypatch.setattr(kernel_rates, name, value)
     monkeypatch.setattr(kernel_rates, "heads_model", lambda width, sharing: replace(
         SMALL, head_dim=width, kv_heads=SMALL.heads // sharing, context=LONG + 256))  # fmt: skip
-    monkeypatch.setattr(kernel_rates, "solve", lambda *timings: timings)
-    long_rows, short_rows, empty, heads, threads = time_kernels(1, ("q8_0",), ("f16@64/4", "q4_0@32/1"), "mmap")
-    assert (list(long_rows), list(short_rows), list(heads), threads) == (
-        ["f16", "q8_0"], ["f16", "q8_0"], ["f16@64/4", "q4_0@32/1"], 1)  # fmt: skip
-    assert [timing.outline.hidden for timing in (*long_rows.values(), *short_rows.values())] == [256, 256, 64, 64]
-    assert [timing.outline.tensors[0].encoding for timing in long_rows.values()] == ["f16", "q8_0"]
-    assert [timing.outline.kept[0].numbers for timing in heads.values()] == [2 * 64, 2 * 4 * 32]
-    assert len(empty.outline.kept) == 1
-    for timing in (*long_rows.values(), short_rows["f16"]):
+    found, threads = time_kernels(1, ("q8_0",), ("f16@64/4", "q4_0@32/1"), "mmap")
+    assert (list(found.heads), threads) == (["f16@64/4", "q4_0@32/1"], 1)
+    for those, hidden in ((found.long_rows, 256), (found.short_rows, 64), (found.cached, 64)):
+        assert [(name, t.outline.tensors[0].encoding, t.outline.hidden) for name, t in those.items()] == [
+            ("f16", "f16", hidden), ("q8_0", "q8_0", hidden)]  # fmt: skip
+    assert [timing.outline.blocks for timing in (found.empty, *found.growing)] == [1, 3]
+    assert [timing.outline.kept[0].numbers for timing in found.heads.values()] == [2 * 64, 2 * 4 * 32]
+    for timing in (*found.long_rows.values(), found.short_rows["f16"]):
         assert (timing.read.keys(), timing.written.keys()) == ({SHORT}, {FIRST})
-    for timing in heads.values():
+    for timing in found.heads.values():
         assert (timing.read.keys(), timing.written.keys()) == ({SHORT, LONG}, {FIRST, LONG})
         assert timing.read[LONG] > timing.read[SHORT] > 0
 
@@ -241,9 +309,9 @@ def faster(timing, times):
 
 def test_timings_that_contradict_each_other_are_refused():
     heads = {f"f16@{width}/4": timed(heads_model(width, 4), "f16", RATES) for width in (64, 128)}
-    wide, narrow, empty = (timed(shape, "f16", RATES) for shape in (WIDE, NARROW, EMPTY))
+    given = timings(replace(RATES, cache=60e6), heads, ("f16",))
     with pytest.raises(NumericalError, match="a block contradict each other; probe again"):
-        solve({"f16": wide}, {"f16": narrow}, faster(empty, 1e3), heads, 1)
+        solve(replace(given, empty=faster(given.empty, 1e3)), 1)
 
 
 @pytest.mark.parametrize("encoding", ["f16", "q8_0", "q4_0"])
