@@ -203,7 +203,7 @@ def _timed(
     if rates.lacks(known, setting.runtime):
         return []
     most = int(PICO / bound)
-    rates = replace(rates, cache=0.0)  # how much of it caches keep depends on the whole mix: none
+    rates = replace(rates, cache=0.0)  # what caches keep depends on the whole mix, and is counted as nothing
 
     def cost(spec: TensorSpec) -> int:
         if spec.part == "embedding" and not outline.tied:

@@ -226,6 +226,22 @@ def test_weights_that_a_cache_holds_are_read_faster_and_the_kv_cache_takes_its_s
     assert held_share(10, 10) == 1
 
 
+def attention_rates(of_f16, of_q8_0):
+    return {
+        f"{kv}@{width}/{sharing}": AttentionRate.of(rate * width * (1 + sharing) / 64, (2 + sharing) * rate)
+        for kv, rate in (("f16", of_f16), ("q8_0", of_q8_0))
+        for width in (64, 128)
+        for sharing in (1, 4)
+    }
+
+
+def head_timings(rates):
+    return {
+        f"{kv}@{width}/{sharing}": timed(heads_model(width, sharing), "f16", rates, kv)
+        for kv, width, sharing in product(("f16", "q8_0"), (64, 128), (1, 4))
+    }
+
+
 def timings(rates, heads, names):
     long_rows, short_rows, cached = (
         {name: timed(model_of(shape, name, nbytes), name, rates) for name in names}
@@ -236,6 +252,17 @@ def timings(rates, heads, names):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_rates_of_attention_come_back_where_no_cache_holds_weights(threads):
+    truth = replace(RATES, attention=attention_rates(20e9, 12e9), threads=threads)
+    heads = head_timings(truth)
+    assert heads.keys() == truth.attention.keys()
+    found = solve(timings(replace(truth, cache=60e6), heads, ("f16",)), threads)
+    for name, rate in truth.attention.items():
+        assert found.attention[name].decode == pytest.approx(rate.decode, rel=0.01)
+        assert found.attention[name].prefill == pytest.approx(rate.prefill, rel=0.01)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_rates_come_back_from_the_timings_that_they_give(threads):
     truth = Rates(
         {
@@ -243,22 +270,13 @@ def test_rates_come_back_from_the_timings_that_they_give(threads):
             "q8_0": Kernel.of(9e9, 12e9, 25e9, 150e9),
             "f32": Kernel.of(12e9, 12e9, 12e9, 100e9),
         },
-        {
-            f"{kv}@{width}/{sharing}": AttentionRate.of(rate * width * (1 + sharing) / 64, (2 + sharing) * rate)
-            for kv, rate in (("f16", 3e9), ("q8_0", 2e9))
-            for width in (64, 128)
-            for sharing in (1, 4)
-        },
+        attention_rates(3e9, 2e9),
         3e9,
         60e-6,
         threads,
         60e6,
     )
-    heads = {
-        f"{kv}@{width}/{sharing}": timed(heads_model(width, sharing), "f16", truth, kv)
-        for kv, width, sharing in product(("f16", "q8_0"), (64, 128), (1, 4))
-    }
-    assert heads.keys() == truth.attention.keys()
+    heads = head_timings(truth)
     found = solve(timings(truth, heads, ("f16", "q8_0")), threads)
     assert found.cache == pytest.approx(truth.cache, rel=0.05)
     for name in ("f16", "q8_0"):
