@@ -87,7 +87,7 @@ def device_probe(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE.toml", help="Write a profile.")] = None,
     description: Annotated[str, typer.Option("--description", help="What to call this machine.")] = "",
     runtime: Annotated[
-        bool, typer.Option("--runtime", help="Time the kernels of llama.cpp too (minutes), to predict speed from.")
+        bool, typer.Option("--runtime", help="Time llama.cpp's kernels too (ten minutes), to predict speed from them.")
     ] = False,
     on: On = None,
     cache: CacheFolder = None,
