@@ -18,7 +18,7 @@ def command_line(monkeypatch, capsys, cache, *first):
         with pytest.raises(SystemExit) as end:
             main()
         captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
+        assert "Traceback" not in captured.err, captured.err[-3000:]
         return int(end.value.code or 0), captured.out, captured.err
 
     return run

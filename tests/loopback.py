@@ -11,14 +11,40 @@ import shlex
 import signal
 import sys
 import threading
+import venv
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 import asyncssh
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+
+
+@cache
+def light_install() -> dict[str, Path]:
+    """What lies in the folder of packages after `pip install llmpack[run]`, and where it is here."""
+    found = {"llmpack": ROOT / "llmpack"}
+    needed, seen = [Requirement("llmpack[run]")], set()
+    while needed:
+        requirement = needed.pop()
+        extras = requirement.extras or {""}
+        if (requirement.name, *sorted(extras)) in seen:
+            continue
+        seen.add((requirement.name, *sorted(extras)))
+        package = distribution(requirement.name)
+        for path in package.files or ():
+            if path.parts[0] not in ("..", "__pycache__") and path.suffix != ".pth":
+                found.setdefault(path.parts[0], Path(package.locate_file(path.parts[0])))
+        for line in package.requires or ():
+            other = Requirement(line)
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in extras):
+                needed.append(other)
+    return found
 
 
 @dataclass
@@ -59,12 +85,15 @@ class Loopback:
         return path
 
     def install_llmpack(self) -> Path:
-        """llmpack in an environment of its own: nothing of this process's environment gets through."""
-        here = [str(ROOT), *(entry for entry in sys.path if "site-packages" in entry)]
-        environment = f"PYTHONPATH={shlex.quote(':'.join(here))} PYTHONNOUSERSITE=1"
-        return self.program(
-            "llmpack", f'#!/bin/sh\nexec env {environment} {shlex.quote(sys.executable)} -P -m llmpack "$@"\n'
-        )
+        """The light install with llama-cpp-python, in an environment of its own: without torch, transformers and the
+        rest of what the tests run with."""
+        environment = self.home / "environment"
+        venv.create(environment, symlinks=True)
+        (packages,) = environment.glob("lib/*/site-packages")
+        for name, target in light_install().items():
+            (packages / name).symlink_to(target)
+        python = shlex.quote(str(environment / "bin" / "python"))
+        return self.program("llmpack", f'#!/bin/sh\nexec {python} -P -m llmpack "$@"\n')
 
     async def handle(self, process: asyncssh.SSHServerProcess) -> None:
         self.commands.append(process.command)

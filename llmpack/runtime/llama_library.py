@@ -21,11 +21,8 @@ from llmpack.runtime.conversation import RefusedError
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS) buffer size\s*=\s*([\d.]+) MiB")
 _LOAD_MODE = re.compile(r"\(load_mode = ([\w+]+)\)")
 _KEPT_LINES = 2000
-_LEVEL_DEBUG, _LEVEL_ERROR, _LEVEL_CONTINUED = (
-    1,
-    4,
-    5,
-)  # of ggml.h; llama_cpp._logger has an older table
+_LEVEL_DEBUG, _LEVEL_ERROR, _LEVEL_CONTINUED = 1, 4, 5
+"""Of ggml.h; `llama_cpp._logger` has an older table."""
 
 
 def bare_bindings() -> Any:
