@@ -9,7 +9,6 @@ import asyncio
 import os
 import shlex
 import signal
-import sys
 import threading
 import venv
 from contextlib import contextmanager

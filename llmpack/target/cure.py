@@ -61,9 +61,9 @@ def cures(
             best = min(enough, key=lambda change: (change.rank, change.saving))
         else:
             best = max(found, key=lambda change: change.saving)
-        verb = "gains" if limit == "decode" else "saves"
-        short = "" if enough else "; that alone is not enough"
-        return f"{best.words} {verb} {show(best.saving)}; need {show(needed)}{short}"
+        miss, verb = ("short", "gains") if limit == "decode" else ("over", "saves")
+        rest = "" if enough else "; that alone is not enough"
+        return f"{miss} by {show(needed)}: {best.words} {verb} {show(best.saving)}{rest}"
 
     return cure
 

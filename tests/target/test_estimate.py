@@ -184,12 +184,11 @@ def test_windows_shorten_the_cache_as_in_llama_cpp(tmp_path, ubatch, context):
 def test_cures_begin_with_what_costs_nothing():
     outline = outline_of(LLAMA_8B, "q4_0", "q8_0")
     cure = cures(outline, RuntimeSettings(), PI, 4096)
-    assert cure("memory", 300 * MIB).startswith('load = "no-mmap" saves ')
-    assert cure("memory", 300 * MIB).endswith("; need 300 MiB")
+    assert cure("memory", 300 * MIB).startswith('over by 300 MiB: load = "no-mmap" saves ')
     unmapped = cures(outline, RuntimeSettings(load="no-mmap"), PI, 4096)
-    assert unmapped("memory", 10 * MIB).startswith("ubatch = 128 saves ")
+    assert unmapped("memory", 10 * MIB).startswith("over by 10 MiB: ubatch = 128 saves ")
     small = RuntimeSettings(load="no-mmap", ubatch=128)
-    assert cures(outline, small, PI, 4096)("memory", 200 * MIB) == 'kv = "q8_0" saves 240 MiB; need 200 MiB'
+    assert cures(outline, small, PI, 4096)("memory", 200 * MIB) == 'over by 200 MiB: kv = "q8_0" saves 240 MiB'
 
 
 def test_cures_by_encoding_name_the_smallest_that_suffices():
@@ -198,7 +197,7 @@ def test_cures_by_encoding_name_the_smallest_that_suffices():
     row = 128256 * 4096 // 256
     saved = 128256 * 4096 // 32 * 34 - row * 210
     text = cures(outline, exhausted, N100, 2048)("disk", saved - 5)
-    assert text.startswith(("embedding q8_0 -> q6_k saves ", "output q8_0 -> q6_k saves "))
+    assert text.split(": ")[1].startswith(("embedding q8_0 -> q6_k saves ", "output q8_0 -> q6_k saves "))
     text = cures(outline, exhausted, N100, 2048)("disk", 1 << 40)
     assert text.endswith("that alone is not enough")
 
@@ -206,12 +205,14 @@ def test_cures_by_encoding_name_the_smallest_that_suffices():
 def test_a_row_that_no_k_quant_holds_gets_another_cure():
     outline = outline_of(SMOLLM, "iq4_nl", "q8_0")  # rows of 576 are no multiple of 256
     settings = RuntimeSettings(load="no-mmap", ubatch=128, kv="q4_0")
-    assert cures(outline, settings, N100, 2048)("memory", 3 * MIB).startswith("embedding q8_0 -> q5_1 saves 8.438 MiB")
+    text = cures(outline, settings, N100, 2048)("memory", 3 * MIB)
+    assert text == "over by 3 MiB: embedding q8_0 -> q5_1 saves 8.438 MiB"
 
 
 def test_cures_for_speed_and_for_what_has_none():
     outline = outline_of(LLAMA_8B, "q8_0")
-    assert cures(outline, RuntimeSettings(), PI, 2048)("decode", 0.01).startswith('kv = "q8_0" gains ')
+    text = cures(outline, RuntimeSettings(), PI, 2048)("decode", 0.01)
+    assert text.startswith('short by 0.01 tok/s: kv = "q8_0" gains ')
     cure = cures(outline, RuntimeSettings(kv="q8_0"), PI, 2048)
     assert " -> q6_k gains " in cure("decode", 0.01)
     assert cure("first_token", 1.0) == ""
