@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import command_line
-from loopback import device, home, host_key  # noqa: F401 - fixtures
+from loopback import device, home, host_key, light_install  # noqa: F401 - fixtures
 from tiny_gguf import write_tiny_gguf
 
 from llmpack.digest import sha256_file
@@ -38,6 +38,7 @@ def rows(out):
 
 def test_a_model_is_measured_on_the_device(llmpack, device, model):  # noqa: F811
     device.install_llmpack()
+    assert not {"torch", "transformers"} & light_install().keys()
     device.break_after = 100_000  # the connection breaks while the model is sent
     code, out, err = llmpack("check", model, "--on", device.address, *ASKED)
     assert code == 0, err
